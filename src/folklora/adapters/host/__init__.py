@@ -1,0 +1,1 @@
+"""The PEFT tuner and layer that carry every adapter method."""

@@ -1,0 +1,1 @@
+"""What keeps the old tasks alive while a stream of tasks goes by; one file a method."""

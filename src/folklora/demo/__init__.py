@@ -1,0 +1,1 @@
+"""The embedded example: a small made-up world, a small model that has read about it, five tasks."""
