@@ -1,1 +1,9 @@
 """Adapters: one file a method, all carried by the host in `folklora.adapters.host`."""
+
+from folklora.adapters.am_lora import AMLoRA
+from folklora.adapters.base import AdapterConfig, Update
+from folklora.adapters.kasa import KaSA
+from folklora.adapters.lora import LoRA
+from folklora.adapters.pissa import PiSSA
+
+__all__ = ["AMLoRA", "AdapterConfig", "KaSA", "LoRA", "PiSSA", "Update"]

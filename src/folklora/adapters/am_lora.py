@@ -1,0 +1,236 @@
+"""AM-LoRA: one LoRA a task, mixed in each layer by an attention that reads the input."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from folklora.adapters.base import AdapterConfig, Update, kaiming_uniform, zeros
+from folklora.factored import Factors
+
+_CHOICES = {
+    "gate_input": ("input", "lora", "both"),
+    "selector_train": ("new", "all"),
+    "granularity": ("token", "sequence"),
+    "score_activation": ("identity", "tanh"),
+    "gate_init": ("linear", "zero"),
+    "sparsity_on": ("attention", "entropy", "scores"),
+}
+
+
+@dataclass
+class AMLoRA(AdapterConfig):
+    """Attentional mixture of LoRAs.
+
+    A layer with frozen W [out, in] holds a LoRA (A_i [r, in], B_i [out, r]) and a gate (w_i, b_i) for every task i.
+        h_i(x) = s B_i (A_i x),  s = α/r                    what task i's LoRA would add
+        e_i = w_i · g(q_i) / τ + b_i,  e_0 = 0               scores; slot 0 is the zero LoRA ("use none")
+        a = softmax(e_0, e_1, ..., e_t)                     attention over the slots, for each token
+        y = W x + b + Σ_{i ≥ 1} a_i h_i(x)
+    Only the newest LoRA and its gate are trained; base and older LoRAs are frozen. No task id is needed. A weight
+    trains r (in + out) + d + 1 parameters a task, d = in, out or in + out by `gate_input`.
+    Loss: L_task + λ · mean over layers and tokens of P(a), P = Σ_{i ≥ 1} a_i = 1 - a_0 (the L1 norm of the attention
+    without the zero slot: over all slots of a softmax it is constant and trains nothing), or the entropy of a, or the
+    L1 norm of the scores. Softmax and penalty are computed in float32; padding is left out of the mean.
+
+    Source: Liu, Wu, Liu, Duan, "Learning Attentional Mixture of LoRAs for Language Model Continual Learning", 2024,
+    arXiv 2409.19611. No code is public and the paper leaves choices open; every option below from `gate_input` on is
+    such a choice. The literal reading of the paper, a dense layer over the LoRAs' outputs, is `gate_input="lora"`;
+    the defaults are what measured best: gates that read the layer's input, with the zero slot, λ = 0.
+
+    Args:
+        r: Rank of each task's LoRA.
+        alpha: α of s = α/r.
+        tasks: Number of LoRAs held; grows by `add_task`.
+        gate_input: What a gate reads, q_i: the layer's "input" x, the "lora" output h_i(x), or "both".
+        zero_slot: Whether slot 0 takes part in the softmax.
+        selector_train: Train the "new" task's gate only, or "all" gates.
+        granularity: One attention a "token", or one a "sequence" from q averaged over its tokens.
+        score_activation: g, "identity" or "tanh".
+        temperature: τ.
+        new_gate_bias: Start of b_i; below 0 a new task disturbs the old ones less and learns more slowly.
+        gate_init: Start of w_i: "linear" draws U(-1/√d, 1/√d), "zero" is 0.
+        sparsity: λ.
+        sparsity_on: P, "attention", "entropy" or "scores".
+    """
+
+    method: str = "am-lora"
+    r: int = 8
+    alpha: float = 32.0
+    dropout: float = 0.1
+    tasks: int = 1
+    gate_input: Literal["input", "lora", "both"] = "input"
+    zero_slot: bool = True
+    selector_train: Literal["new", "all"] = "new"
+    granularity: Literal["token", "sequence"] = "token"
+    score_activation: Literal["identity", "tanh"] = "identity"
+    temperature: float = 1.0
+    new_gate_bias: float = 0.0
+    gate_init: Literal["linear", "zero"] = "linear"
+    sparsity: float = 0.0
+    sparsity_on: Literal["attention", "entropy", "scores"] = "attention"
+
+    paper: ClassVar[str] = "Liu et al. 2024, arXiv 2409.19611"
+    trains: ClassVar[str] = "the newest task's A, B and gate"
+    layer_kinds: ClassVar[frozenset[str]] = frozenset({"linear"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_rank(self.r)
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
+        if self.tasks < 1 or self.temperature <= 0 or self.sparsity < 0:
+            raise ValueError(
+                "AMLoRA needs tasks >= 1, temperature > 0 and sparsity >= 0, "
+                f"not {self.tasks}, {self.temperature} and {self.sparsity}"
+            )
+
+    def update(self, weight: Tensor) -> AMLoRAUpdate:
+        """`tasks` new LoRAs with gates."""
+        update = AMLoRAUpdate(self, tuple(weight.shape))
+        for _ in range(self.tasks):
+            update.add_task(weight)
+        return update
+
+    def empty(self, shape: tuple[int, int]) -> AMLoRAUpdate:
+        """The same shapes, to be filled."""
+        return self.update(torch.zeros(shape))
+
+    def trainable_count(self, shape: tuple[int, int]) -> int:
+        """r (in + out) + d + 1, and the older gates' d + 1 each where "all" gates are trained."""
+        gates = self.tasks if self.selector_train == "all" else 1
+        return self.r * sum(shape) + gates * (self.gate_width(shape) + 1)
+
+    def gate_width(self, shape: tuple[int, int]) -> int:
+        """d, the number of features a gate reads on a weight of `shape` (out, in)."""
+        out, columns = shape
+        return {"input": columns, "lora": out, "both": columns + out}[self.gate_input]
+
+
+class AMLoRAUpdate(Update):
+    """The LoRAs and gates of one weight: A_i [r, in], B_i [out, r], gate_weight_i [d], gate_bias_i [1]."""
+
+    gated: ClassVar[bool] = True
+
+    def __init__(self, config: AMLoRA, shape: tuple[int, int]) -> None:
+        super().__init__()
+        self.config, self.shape = config, shape
+        self.scale = config.scaling(config.alpha, config.r)
+        self.needs_full_sequence = config.granularity == "sequence"
+        self.A, self.B = nn.ParameterList(), nn.ParameterList()
+        self.gate_weight, self.gate_bias = nn.ParameterList(), nn.ParameterList()
+        self.record = False
+        self.attention: Tensor | None = None
+        self._penalty: Tensor | None = None
+
+    def add_task(self, like: Tensor) -> None:
+        """Append a LoRA and its gate for a new task, on the device of `like`."""
+        out, columns = self.shape
+        width = self.config.gate_width(self.shape)
+        bound = 0.0 if self.config.gate_init == "zero" else 1 / math.sqrt(width)
+        self.A.append(kaiming_uniform(self.config.r, columns, like))
+        self.B.append(zeros(out, self.config.r, like=like))
+        self.gate_weight.append(nn.Parameter(torch.empty(width, device=like.device).uniform_(-bound, bound)))
+        self.gate_bias.append(nn.Parameter(torch.full((1,), self.config.new_gate_bias, device=like.device)))
+
+    def frozen_parameters(self) -> frozenset[str]:
+        """All but the newest task's (and, with selector_train "all", but the gates)."""
+        lists = ("A", "B") if self.config.selector_train == "all" else ("A", "B", "gate_weight", "gate_bias")
+        return frozenset(f"{name}.{i}" for name in lists for i in range(len(self.A) - 1))
+
+    def factors(self, x: Tensor | None = None, mask: Tensor | None = None) -> Factors:
+        """The LoRAs side by side; s holds each one's attention on each of its ranks, [..., t r]."""
+        if x is None:
+            raise ValueError("AM-LoRA's update depends on the layer's input, and none was given")
+        scores = self.scores(x, mask)
+        attention, sparse = self._attend(scores), self.training and self.config.sparsity > 0
+        if self.record:
+            self.attention = attention.detach()
+        if sparse:
+            self._penalty = self.config.sparsity * _masked_mean(self._sparsity(attention, scores), mask)
+        weights = attention[..., 1:] if self.config.zero_slot else attention
+        s = (weights * self.scale).to(x.dtype).repeat_interleave(self.config.r, dim=-1)
+        return Factors(torch.cat(list(self.A)), s, torch.cat(list(self.B), dim=1))
+
+    def scores(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """e_1, ..., e_t for the input [..., in]: float32, [..., t] ([..., 1, t] with granularity "sequence")."""
+        pooled = _mean_positions(x, mask) if self.config.granularity == "sequence" else x
+        width = self.shape[1] if self.config.gate_input != "lora" else 0
+        total = torch.stack([bias[0] for bias in self.gate_bias]).float()
+        weights = torch.stack(list(self.gate_weight))
+        if width:
+            q = torch.tanh(pooled) if self.config.score_activation == "tanh" else pooled
+            total = total + F.linear(q, weights[:, :width].to(q.dtype)).float() / self.config.temperature
+        if self.config.gate_input != "input":
+            total = total + self._lora_scores(pooled, weights[:, width:]) / self.config.temperature
+        return total
+
+    def activation_penalty(self) -> Tensor | None:
+        """λ P(a) of the last forward pass in training mode; taken once."""
+        penalty, self._penalty = self._penalty, None
+        return penalty
+
+    def _lora_scores(self, x: Tensor, weights: Tensor) -> Tensor:
+        # w_i · (s B_i A_i x) through the small side; only tanh needs the LoRAs' outputs themselves
+        hidden = [F.linear(x, A.to(x.dtype)) for A in self.A]
+        if self.config.score_activation == "identity":
+            seen = [self.scale * (w.float() @ B.float()) for w, B in zip(weights, self.B, strict=True)]
+            return torch.stack([(h.float() * v).sum(-1) for h, v in zip(hidden, seen, strict=True)], dim=-1)
+        outputs = [self.scale * F.linear(h, B.to(h.dtype)) for h, B in zip(hidden, self.B, strict=True)]
+        return torch.stack([(torch.tanh(o.float()) * w).sum(-1) for o, w in zip(outputs, weights, strict=True)], dim=-1)
+
+    def _attend(self, scores: Tensor) -> Tensor:
+        if self.config.zero_slot:
+            scores = torch.cat([torch.zeros_like(scores[..., :1]), scores], dim=-1)
+        return torch.softmax(scores, dim=-1)
+
+    def _sparsity(self, attention: Tensor, scores: Tensor) -> Tensor:
+        if self.config.sparsity_on == "scores":
+            return scores.abs().sum(-1)
+        if self.config.sparsity_on == "entropy":
+            return -(attention * attention.clamp_min(torch.finfo(attention.dtype).tiny).log()).sum(-1)
+        return (attention[..., 1:] if self.config.zero_slot else attention).sum(-1)
+
+
+def add_task(model: nn.Module, adapter_name: str = "default") -> None:
+    """Give every AM-LoRA layer of `model` a LoRA and a gate for a new task; what it had is frozen.
+
+    Args:
+        model: A model that carries the AM-LoRA adapter.
+        adapter_name: The adapter's name.
+
+    Raises:
+        ValueError: No layer of the model carries an AM-LoRA adapter of that name.
+    """
+    from folklora.adapters.host.layer import layers_of
+
+    layers = [layer for layer in layers_of(model) if adapter_name in layer.folklora_updates]
+    updates = [layer.folklora_updates[adapter_name] for layer in layers]
+    if not updates or not all(isinstance(update, AMLoRAUpdate) for update in updates):
+        raise ValueError(f"the model has no AM-LoRA adapter named '{adapter_name}'")
+    for layer, update in zip(layers, updates, strict=True):
+        update.add_task(layer.get_base_layer().weight)
+        layer.set_requires_grad(adapter_name, True)
+    configs = {id(update.config): update.config for update in updates}
+    configs[id(model.peft_config[adapter_name])] = model.peft_config[adapter_name]
+    for config in configs.values():
+        config.tasks += 1
+
+
+def _masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
+    if mask is None or values.shape != mask.shape:
+        return values.mean()
+    return (values * mask).sum() / mask.sum().clamp_min(1)
+
+
+def _mean_positions(x: Tensor, mask: Tensor | None) -> Tensor:
+    if mask is None or x.shape[:-1] != mask.shape:
+        return x.mean(-2, keepdim=True)
+    weights = mask.to(x.dtype).unsqueeze(-1)
+    return (x * weights).sum(-2, keepdim=True) / weights.sum(-2, keepdim=True).clamp_min(1)

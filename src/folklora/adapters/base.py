@@ -1,0 +1,194 @@
+"""What an adapter method is: a configuration, and the update that it puts on one weight."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from peft import PeftConfig
+from peft.utils.other import get_pattern_key
+from torch import Tensor, nn
+
+from folklora.factored import Factors
+
+PEFT_TYPE = "FOLKLORA"
+
+
+class Update(nn.Module):
+    """What a method adds to one weight W [out, in]; its parameters are what is trained, saved and loaded.
+
+    A frozen part is a parameter named in `frozen`, not a buffer: data-parallel training broadcasts buffers each step.
+    """
+
+    frozen: ClassVar[frozenset[str]] = frozenset()
+    """Names of the parameters that are never trained."""
+    gated: ClassVar[bool] = False
+    """Whether `factors` depends on the layer's input; such an update cannot be merged or exported."""
+    needs_full_sequence: bool = False
+    """Whether a position's update depends on other positions, so that generation cannot continue from a cache."""
+
+    def factors(self, x: Tensor | None = None, mask: Tensor | None = None) -> Factors:
+        """What is added to W now.
+
+        Args:
+            x: The layer's input [..., in]; given only to gated updates.
+            mask: [batch, positions] with 1 for real tokens, or None where it is not known; given with x.
+        """
+        raise NotImplementedError
+
+    def split(self, x: Tensor | None = None, mask: Tensor | None = None) -> tuple[Factors, Factors | None]:
+        """`factors` in two parts: what reads the dropped-out input, and what takes the input as it is."""
+        return self.factors(x, mask), None
+
+    def penalty(self) -> Tensor | None:
+        """The method's regulariser of these parameters, a scalar; None where it has none."""
+        return None
+
+    def activation_penalty(self) -> Tensor | None:
+        """The method's regulariser of what it computed in the last forward pass; None where it has none."""
+        return None
+
+    def after_step(self) -> None:
+        """What the method does to its parameters after each optimizer step (under no_grad)."""
+
+    def frozen_parameters(self) -> frozenset[str]:
+        """Names of the parameters that are not trained at present."""
+        return self.frozen
+
+
+@dataclass
+class AdapterConfig(PeftConfig):
+    """What every adapter method can be told; a `peft.PeftConfig`, so `peft.get_peft_model` takes it.
+
+    Args:
+        method: The method's name; chooses the class when a saved configuration is read.
+        target_modules: Names or name endings of the layers to adapt, a regular expression, or "all-linear";
+            None takes PEFT's choice for the architecture (query and value projections for most).
+        exclude_modules: Layers that are left alone though `target_modules` names them.
+        layers_to_transform: Indices of the blocks to adapt; None takes all.
+        layers_pattern: Name of the list of blocks, where `layers_to_transform` is given and PEFT does not know it.
+        modules_to_save: Modules trained in full and saved beside the adapter, such as a classification head.
+        dropout: Probability of dropping an element of the adapter's input while training.
+        rank_pattern: Rank for layers whose name matches a key; the others have the method's own.
+        alpha_pattern: Alpha for layers whose name matches a key.
+    """
+
+    method: str = ""
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    modules_to_save: list[str] | None = None
+    dropout: float = 0.0
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+
+    paper: ClassVar[str] = ""
+    trains: ClassVar[str] = ""
+    layer_kinds: ClassVar[frozenset[str]] = frozenset({"linear", "embedding", "convolution"})
+    penalty_reduction: ClassVar[str] = "sum"
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> AdapterConfig:
+        """Choose the class by `method` when called as `AdapterConfig(...)`; refuse options that it does not know."""
+        chosen = cls
+        if cls is AdapterConfig and "method" in kwargs:
+            from folklora.methods import adapter_class
+
+            chosen = adapter_class(kwargs["method"])
+        known = {f.name for f in dataclasses.fields(chosen)} if dataclasses.is_dataclass(chosen) else set()
+        unknown = sorted(set(kwargs) - known)
+        if unknown:
+            raise ValueError(_unknown_options(chosen, unknown, known))
+        return object.__new__(chosen)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PEFT_TYPE
+        expected = type(self).__dataclass_fields__["method"].default
+        if self.method != expected:
+            raise ValueError(f"{type(self).__name__} is the method '{expected}', not '{self.method}'")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be at least 0 and below 1, not {self.dropout}")
+        # sets do not survive JSON in a stable order
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(getattr(self, name), (set, tuple)):
+                setattr(self, name, sorted(getattr(self, name)))
+        self.restoring = False
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> AdapterConfig:
+        """Read a saved configuration (see `peft.PeftConfig.from_pretrained`).
+
+        A model built from it gets empty updates that wait for their saved values: nothing is decomposed again.
+        """
+        config = super().from_pretrained(*args, **kwargs)
+        config.restoring = True
+        return config
+
+    def to_dict(self) -> dict[str, Any]:
+        """The options as plain values, as they are saved."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+
+    def for_module(self, name: str) -> AdapterConfig:
+        """The options for one layer, with `rank_pattern` and `alpha_pattern` applied to its name."""
+        changes: dict[str, Any] = {}
+        for option, pattern in (("r", self.rank_pattern), ("alpha", self.alpha_pattern)):
+            key = get_pattern_key(pattern, name)
+            if key in pattern:
+                changes[option] = pattern[key]
+        return dataclasses.replace(self, **changes) if changes else self
+
+    def update(self, weight: Tensor) -> Update:
+        """A new update for the base weight [out, in], dequantised, on its device."""
+        raise NotImplementedError
+
+    def empty(self, shape: tuple[int, int]) -> Update:
+        """An update of the same shapes with no decomposition done, to be filled with saved values."""
+        raise NotImplementedError
+
+    def check(self, shape: tuple[int, int], name: str) -> list[str]:
+        """What speaks against these options on the layer `name` with a weight of `shape`; nothing if empty."""
+        limit = min(shape)
+        if self.r > limit:
+            return [f"rank {self.r} is above {limit}, the largest for layer '{name}' with weight {list(shape)}"]
+        return []
+
+    def trainable_count(self, shape: tuple[int, int]) -> int:
+        """How many parameters are trained on a weight of `shape` (out, in)."""
+        raise NotImplementedError
+
+    @staticmethod
+    def scaling(alpha: float, r: int, rslora: bool = False) -> float:
+        """α / r, or α / √r with rsLoRA (Kalajdzievski 2023, arXiv 2312.03732)."""
+        return alpha / (math.sqrt(r) if rslora else r)
+
+    @staticmethod
+    def check_rank(r: int) -> None:
+        """Refuse a rank that is not a positive whole number."""
+        if not isinstance(r, int) or r < 1:
+            raise ValueError(f"the rank r must be a whole number of at least 1, not {r!r}")
+
+
+def kaiming_uniform(r: int, columns: int, like: Tensor | None = None) -> nn.Parameter:
+    """A [r, columns] ~ U(-1/√columns, 1/√columns), LoRA's start for A (Kaiming uniform with a = √5), float32."""
+    device = None if like is None else like.device
+    return nn.Parameter(nn.init.kaiming_uniform_(torch.empty(r, columns, device=device), a=math.sqrt(5)))
+
+
+def zeros(*shape: int, like: Tensor | None = None, requires_grad: bool = True) -> nn.Parameter:
+    """A float32 parameter of zeros on the device of `like`."""
+    device = None if like is None else like.device
+    return nn.Parameter(torch.zeros(*shape, device=device), requires_grad=requires_grad)
+
+
+def _unknown_options(cls: type, unknown: list[str], known: set[str]) -> str:
+    lines = []
+    for name in unknown:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"; did you mean '{near[0]}'?" if near else ""
+        lines.append(f"{cls.__name__} has no option '{name}'{hint}")
+    return "\n".join(lines) + f"\nIts options: {', '.join(sorted(known))}"

@@ -1,0 +1,146 @@
+"""The kinds of base layer that can carry an update: how each lays out its weight and applies factors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from peft.utils.integrations import dequantize_module_weight
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from folklora.factored import Factors, factored_linear, factored_update
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of layer; the update's matrix is always [out, in], however the layer stores its weight."""
+
+    name: str
+
+    def shape(self, base: nn.Module) -> tuple[int, int]:
+        """(out, in) of the weight as a matrix."""
+        return base.out_features, base.in_features
+
+    def matrix(self, base: nn.Module) -> Tensor:
+        """The weight as a matrix [out, in], dequantised."""
+        return dequantize_module_weight(base).detach()
+
+    def layout(self, base: nn.Module, matrix: Tensor) -> Tensor:
+        """A matrix [out, in] in the layer's own layout."""
+        return matrix
+
+    def forward(self, base: nn.Module, x: Tensor, factors: Factors) -> Tensor:
+        """base(x) plus the update of x."""
+        return base(x) + self.update(base, x, factors)
+
+    def update(self, base: nn.Module, x: Tensor, factors: Factors) -> Tensor:
+        """The update of x alone."""
+        return factored_update(x, factors)
+
+
+class _Linear(Kind):
+    def forward(self, base: nn.Module, x: Tensor, factors: Factors) -> Tensor:
+        # a subclass (quantised) or a hook would be bypassed by reading the weight here
+        if type(base) is nn.Linear and not base._forward_hooks and not base._forward_pre_hooks:
+            return factored_linear(x, base.weight, base.bias, factors)
+        return super().forward(base, x, factors)
+
+
+class _TransposedLinear(Kind):
+    def shape(self, base: nn.Module) -> tuple[int, int]:
+        return base.weight.shape[1], base.weight.shape[0]
+
+    def matrix(self, base: nn.Module) -> Tensor:
+        return base.weight.detach().T
+
+    def layout(self, base: nn.Module, matrix: Tensor) -> Tensor:
+        return matrix.T.contiguous()
+
+
+class _Embedding(Kind):
+    def shape(self, base: nn.Module) -> tuple[int, int]:
+        return base.embedding_dim, base.num_embeddings
+
+    def matrix(self, base: nn.Module) -> Tensor:
+        return base.weight.detach().T
+
+    def layout(self, base: nn.Module, matrix: Tensor) -> Tensor:
+        return matrix.T.contiguous()
+
+    def update(self, base: nn.Module, x: Tensor, factors: Factors) -> Tensor:
+        dtype = base.weight.dtype
+        h = F.embedding(x, factors.A.T.to(dtype))
+        s = factors.s.to(dtype) if isinstance(factors.s, Tensor) else factors.s
+        # some embeddings multiply what they look up (Gemma's √width)
+        return F.linear(h * s, factors.B.to(dtype)) * getattr(base, "embed_scale", 1.0)
+
+
+class _Convolution(Kind):
+    def shape(self, base: nn.Module) -> tuple[int, int]:
+        return base.weight.shape[0], base.weight[0].numel()
+
+    def matrix(self, base: nn.Module) -> Tensor:
+        return base.weight.detach().flatten(1)
+
+    def layout(self, base: nn.Module, matrix: Tensor) -> Tensor:
+        return matrix.view_as(base.weight)
+
+    def update(self, base: nn.Module, x: Tensor, factors: Factors) -> Tensor:
+        convolve = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}[base.weight.dim()]
+        kernel = factors.A.to(x.dtype).view(factors.rank, *base.weight.shape[1:])
+        padded = x
+        padding = base.padding
+        if base.padding_mode != "zeros":
+            padded, padding = F.pad(x, base._reversed_padding_repeated_twice, mode=base.padding_mode), 0
+        h = convolve(padded, kernel, None, base.stride, padding, base.dilation)
+        s = factors.vector().to(h.dtype)
+        # a gate [batch, 1, r] or a vector [r] counts channels, which stand second here
+        s = s.reshape(*(s.shape[:1] if s.dim() > 1 else ()), -1, *([1] * (h.dim() - 2)))
+        return convolve(h * s, factors.B.to(h.dtype).view(*factors.B.shape, *([1] * (h.dim() - 2))))
+
+
+LINEAR = _Linear("linear")
+TRANSPOSED = _TransposedLinear("linear")
+EMBEDDING = _Embedding("embedding")
+CONVOLUTION = _Convolution("convolution")
+
+
+def kind_of(base: nn.Module, name: str) -> Kind:
+    """The kind of a layer.
+
+    Args:
+        base: The layer.
+        name: Its name, for the message.
+
+    Raises:
+        TypeError: Folklora cannot adapt such a layer; the message says why and what to do.
+    """
+    if isinstance(base, nn.Embedding):
+        return EMBEDDING
+    if isinstance(base, Conv1D):
+        return TRANSPOSED
+    if isinstance(base, _CONVOLUTIONS):
+        if base.groups != 1:
+            raise TypeError(f"layer '{name}' is a convolution in {base.groups} groups; only one group can be adapted")
+        return CONVOLUTION
+    if isinstance(base, nn.Linear) or (hasattr(base, "in_features") and hasattr(base, "out_features")):
+        return LINEAR
+    experts = [key for key, value in base.named_parameters(recurse=False) if value.dim() == 3]
+    if experts:
+        raise TypeError(
+            f"layer '{name}' ({type(base).__name__}) holds its experts' weights in three-dimensional parameters "
+            f"({', '.join(experts)}), which Folklora cannot adapt yet; target its attention and router layers"
+        )
+    raise TypeError(
+        f"layer '{name}' is a {type(base).__name__}; Folklora adapts linear, embedding and convolution layers"
+    )
+
+
+def is_quantised(base: nn.Module) -> bool:
+    """Whether the layer stores its weight in fewer bits than floating point."""
+    weight = getattr(base, "weight", None)
+    return weight is None or not torch.is_floating_point(weight) or weight.element_size() < 2

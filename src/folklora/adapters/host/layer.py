@@ -1,0 +1,253 @@
+"""The layer that carries every update: several at once, in one pass over one set of concatenated factors."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+
+from folklora.adapters.base import AdapterConfig, Update
+from folklora.adapters.host.kinds import is_quantised, kind_of
+from folklora.factored import Factors, concatenate
+
+SAMPLES = 32
+LIVE_LAYERS: weakref.WeakSet[FolkloraLayer] = weakref.WeakSet()
+
+
+@dataclass
+class CallContext:
+    """What a forward pass tells the layers of one model.
+
+    Args:
+        rows: The adapter of each row of the batch ("__base__" for none), or None where all rows share the active ones.
+        masks: Attention masks [batch, positions] of this call, the decoder's before the encoder's.
+    """
+
+    rows: list[str] | None = None
+    masks: tuple[Tensor, ...] = ()
+
+    def mask_for(self, x: Tensor) -> Tensor | None:
+        """The mask that fits an input [batch, positions, width], if one does."""
+        if x.dim() != 3:
+            return None
+        for mask in self.masks:
+            # while generating from a cache the mask is longer than what is new
+            if mask.shape[0] == x.shape[0] and mask.shape[1] >= x.shape[1]:
+                return mask[:, -x.shape[1] :]
+        return None
+
+
+class FolkloraLayer(nn.Module, BaseTunerLayer):
+    """A base layer and the updates that are written over it; the base's parameters are never changed.
+
+    Args:
+        base_layer: A linear, `Conv1D`, embedding or convolution layer.
+        name: Its name in the model, for messages.
+        context: Shared by the layers of the model.
+    """
+
+    adapter_layer_names = ("folklora_updates",)
+    other_param_names = ()
+
+    def __init__(self, base_layer: nn.Module, name: str, context: CallContext) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.name, self.context = name, context
+        self.kind = kind_of(base_layer, name)
+        self.folklora_updates = nn.ModuleDict()
+        self.dropouts: dict[str, float] = {}
+        self.reductions: dict[str, str] = {}
+        self.waiting: set[str] = set()
+        self.merged_adapters: list[str] = []
+        self._unmerged_weight: nn.Parameter | None = None
+        LIVE_LAYERS.add(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        LIVE_LAYERS.add(self)
+
+    def add(self, adapter_name: str, config: AdapterConfig, *, waiting: bool, trainable: bool) -> None:
+        """Put a new update of the method `config` on this layer.
+
+        Args:
+            adapter_name: The adapter that it belongs to.
+            config: The method's options for this layer.
+            waiting: Make it without values: saved ones will be loaded.
+            trainable: Whether its parameters ask for gradients.
+        """
+        base = self.get_base_layer()
+        if waiting:
+            update = config.empty(self.kind.shape(base))
+            self.waiting.add(adapter_name)
+        else:
+            update = config.update(self.kind.matrix(base))
+        update.base_sample = nn.Parameter(self.sample_base(), requires_grad=False)
+        self.folklora_updates[adapter_name] = update.to(base.weight.device)
+        self.dropouts[adapter_name] = config.dropout
+        self.reductions[adapter_name] = config.penalty_reduction
+        update.requires_grad_(trainable)
+        self._freeze_non_trainable_peft_weights(adapter_name)
+        self.set_adapter(self.active_adapters)
+
+    def sample_base(self) -> Tensor:
+        """SAMPLES evenly spaced elements of the base weight, float32: enough to tell one base from another."""
+        flat = self.kind.matrix(self.get_base_layer()).reshape(-1)
+        step = max(1, flat.numel() // SAMPLES)
+        return flat[::step][:SAMPLES].float().clone()
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The base layer's output plus every active update's."""
+        if self._disable_adapters or self.merged_adapters:
+            return self.base_layer(x, *args, **kwargs)
+        names = self._names_in_use()
+        if not names:
+            return self.base_layer(x, *args, **kwargs)
+        if self.waiting.intersection(names):
+            raise RuntimeError(self._still_waiting())
+        dropped = [name for name in names if self.training and self.dropouts[name] > 0]
+        if dropped:
+            return self._forward_with_dropout(x, names)
+        return self.kind.forward(self.base_layer, x, concatenate([self._factors(name, x) for name in names]))
+
+    def _forward_with_dropout(self, x: Tensor, names: list[str]) -> Tensor:
+        # one draw for the layer, so that adapters with equal dropout lose the same elements
+        source = x if x.is_floating_point() else self.base_layer.weight[:1]
+        draw = torch.rand_like(x, dtype=torch.float32) if x.is_floating_point() else None
+        whole, parts = [], []
+        for name in names:
+            p = self.dropouts[name]
+            if p == 0 or draw is None:
+                whole.append(self._factors(name, x))
+                continue
+            learned, fixed = self.folklora_updates[name].split(*self._inputs(name, x))
+            gate = self._row_gate(name, x)
+            parts.append((p, learned if gate is None else learned.scale(gate)))
+            if fixed is not None:
+                whole.append(fixed if gate is None else fixed.scale(gate))
+        y = self.kind.forward(self.base_layer, x, concatenate(whole)) if whole else self.base_layer(x)
+        for p in sorted({p for p, _ in parts}):
+            kept = x * ((draw >= p).to(source.dtype) / (1 - p))
+            y = y + self.kind.update(self.base_layer, kept, concatenate([f for q, f in parts if q == p]))
+        return y
+
+    def _names_in_use(self) -> list[str]:
+        names = self.active_adapters if self.context.rows is None else sorted(set(self.context.rows))
+        return [name for name in names if name in self.folklora_updates]
+
+    def _inputs(self, name: str, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        return (x, self.context.mask_for(x)) if self.folklora_updates[name].gated else (None, None)
+
+    def _factors(self, name: str, x: Tensor) -> Factors:
+        factors = self.folklora_updates[name].factors(*self._inputs(name, x))
+        gate = self._row_gate(name, x)
+        return factors if gate is None else factors.scale(gate)
+
+    def _row_gate(self, name: str, x: Tensor) -> Tensor | None:
+        rows = self.context.rows
+        if rows is None:
+            return None
+        dtype = x.dtype if x.is_floating_point() else self.base_layer.weight.dtype
+        gate = torch.tensor([row == name for row in rows], device=x.device).to(dtype)
+        extra = x.dim() - (1 if x.is_floating_point() else 0)
+        return gate.view(-1, *([1] * (max(extra, 2) - 1)))
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Replace the weight by W + ΔW in a new tensor; the base's own tensor is kept aside untouched.
+
+        Raises:
+            ValueError: An update depends on its input, the weight is quantised or not finite after merging.
+        """
+        names = check_adapters_to_merge(self, adapter_names)
+        names = [name for name in names if name in self.folklora_updates]
+        if not names:
+            return
+        base = self.get_base_layer()
+        self._check_mergeable(names)
+        matrix = self.kind.matrix(base)
+        with torch.no_grad():
+            precise = torch.promote_types(matrix.dtype, torch.float32)
+            total = concatenate([self.folklora_updates[name].factors() for name in names]).dense()
+            merged = self.kind.layout(base, (matrix.to(precise) + total.to(precise)).to(matrix.dtype))
+        if safe_merge and not torch.isfinite(merged).all():
+            raise ValueError(f"merging {', '.join(names)} into layer '{self.name}' gives values that are not finite")
+        if self._unmerged_weight is None:
+            self._unmerged_weight = base.weight
+        base.weight = nn.Parameter(merged.contiguous(), requires_grad=False)
+        self.merged_adapters.extend(names)
+
+    def unmerge(self) -> None:
+        """Put the base's own weight back, bit for bit."""
+        if self._unmerged_weight is None:
+            return
+        self.get_base_layer().weight = self._unmerged_weight
+        self._unmerged_weight = None
+        self.merged_adapters.clear()
+
+    def _check_mergeable(self, names: list[str]) -> None:
+        gated = [name for name in names if self.folklora_updates[name].gated]
+        if gated:
+            raise ValueError(
+                f"adapter {', '.join(gated)} cannot be merged into layer '{self.name}': its update depends on the "
+                "layer's input, so no single weight equals it"
+            )
+        if is_quantised(self.get_base_layer()):
+            raise ValueError(
+                f"layer '{self.name}' is quantised; merging would need its weight in floating point: load the base "
+                "model unquantised to merge"
+            )
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove one adapter's update from this layer."""
+        super().delete_adapter(adapter_name)
+        self.dropouts.pop(adapter_name, None)
+        self.reductions.pop(adapter_name, None)
+        self.waiting.discard(adapter_name)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether the update is a fixed matrix of finite rank."""
+        return adapter_name not in self.folklora_updates or not self.folklora_updates[adapter_name].gated
+
+    @property
+    def needs_full_sequence(self) -> bool:
+        """Whether an active update looks at other positions, so that no cache may be used."""
+        return any(self.folklora_updates[name].needs_full_sequence for name in self._names_in_use())
+
+    def _freeze_non_trainable_peft_weights(self, adapter_names: str | list[str] | None = None) -> None:
+        wanted = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        for name, update in self.folklora_updates.items():
+            if wanted is not None and name not in wanted:
+                continue
+            frozen = update.frozen_parameters() | {"base_sample"}
+            for key, parameter in update.named_parameters():
+                if key in frozen:
+                    parameter.requires_grad_(False)
+
+    def _still_waiting(self) -> str:
+        names = ", ".join(sorted(self.waiting))
+        return (
+            f"adapter {names} on layer '{self.name}' was made from a saved configuration and its values were never "
+            "loaded; load them with PeftModel.from_pretrained, or start anew from dataclasses.replace(config)"
+        )
+
+    def extra_repr(self) -> str:
+        """Which adapters the layer carries."""
+        return ", ".join(f"{name}={type(update).__name__}" for name, update in self.folklora_updates.items())
+
+
+def layers_of(model: nn.Module) -> Iterator[FolkloraLayer]:
+    """Every layer of `model` that carries Folklora's updates, in the model's order."""
+    return (module for module in model.modules() if isinstance(module, FolkloraLayer))
+
+
+def updates_of(model: nn.Module, adapter_name: str) -> Iterator[tuple[FolkloraLayer, Update]]:
+    """(layer, update) for each layer that carries the named adapter, in the model's order."""
+    return (
+        (layer, layer.folklora_updates[adapter_name])
+        for layer in layers_of(model)
+        if adapter_name in layer.folklora_updates
+    )

@@ -1,0 +1,204 @@
+"""The PEFT tuner: finds the layers that an adapter names, and puts Folklora's layer around each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft.mapping import (
+    PEFT_TYPE_TO_CONFIG_MAPPING,
+    PEFT_TYPE_TO_PREFIX_MAPPING,
+    PEFT_TYPE_TO_TUNER_MAPPING,
+)
+from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers, check_target_module_exists
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from torch import Tensor, nn
+
+from folklora.adapters.base import PEFT_TYPE, AdapterConfig
+from folklora.adapters.host.kinds import kind_of
+from folklora.adapters.host.layer import CallContext, FolkloraLayer, layers_of
+from folklora.adapters.host.saved import check_saved_values
+
+_MASKS = ("decoder_attention_mask", "attention_mask")
+
+
+class FolkloraModel(BaseTuner):
+    """Carries adapters of any Folklora method, several at once, on one frozen model.
+
+    Made by `peft.get_peft_model(model, config)` and `PeftModel.from_pretrained`; not called directly.
+    """
+
+    prefix = "folklora_"
+    tuner_layer_cls = FolkloraLayer
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Add the adapter's layers, after checking every target, so that nothing is changed where one is wrong.
+
+        Raises:
+            ValueError: No layer matches, or options do not fit a layer; every problem is named.
+            TypeError: A target is of a kind that cannot be adapted.
+        """
+        self._check_targets(model, self.peft_config[adapter_name])
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+
+    def _create_and_replace(
+        self,
+        config: AdapterConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **optional: Any,
+    ) -> None:
+        own = config.for_module(current_key)
+        waiting = config.restoring or torch.empty(0).device.type == "meta" or _on_meta()
+        trainable = adapter_name in self.active_adapters and not config.inference_mode
+        if isinstance(target, FolkloraLayer):
+            target.add(adapter_name, own, waiting=waiting, trainable=trainable)
+            return
+        layer = FolkloraLayer(target, current_key, self._context())
+        layer.set_adapter(self.active_adapters)
+        layer.add(adapter_name, own, waiting=waiting, trainable=trainable)
+        self._replace_module(parent, target_name, layer, target)
+
+    def _context(self) -> CallContext:
+        existing = next(layers_of(self.model), None)
+        if existing is not None:
+            return existing.context
+        if getattr(self, "_own_context", None) is None:
+            self._own_context = CallContext()
+            self.model.register_forward_pre_hook(_MaskReader(self._own_context), with_kwargs=True)
+        return self._own_context
+
+    def _check_targets(self, model: nn.Module, config: AdapterConfig) -> None:
+        config = self._prepare_adapter_config(config, self.get_model_config(model))
+        config = _maybe_include_all_linear_layers(config, model)
+        problems: list[str] = []
+        matched = 0
+        inside = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, FolkloraLayer))
+        for name, module in model.named_modules():
+            if not name or (inside and name.startswith(inside)) or not check_target_module_exists(config, name):
+                continue
+            matched += 1
+            problems += self._problems(config, name, module)
+        if not matched:
+            raise ValueError(_nothing_matched(config, model))
+        if problems:
+            raise ValueError("\n".join(problems))
+
+    @staticmethod
+    def _problems(config: AdapterConfig, name: str, module: nn.Module) -> list[str]:
+        base = module.get_base_layer() if isinstance(module, FolkloraLayer) else module
+        kind = kind_of(base, name)
+        if kind.name not in config.layer_kinds:
+            kinds = ", ".join(sorted(config.layer_kinds))
+            return [f"{config.method} adapts {kinds} layers; '{name}' is a {type(base).__name__}"]
+        return config.for_module(name).check(kind.shape(base), name)
+
+    def _prepare_adapter_config(self, config: AdapterConfig, model_config: dict) -> AdapterConfig:
+        if config.target_modules is None:
+            known = self.target_module_mapping.get(model_config.get("model_type"))
+            if known is None:
+                raise ValueError(
+                    f"no default target_modules are known for models of type '{model_config.get('model_type')}'; "
+                    'name the layers, or set target_modules="all-linear"'
+                )
+            config.target_modules = known if isinstance(known, str) else sorted(known)
+        return config
+
+    def _check_merge_allowed(self) -> None:
+        embedding, head = _tied_pair(self.model)
+        if embedding is not None and any(isinstance(part, FolkloraLayer) for part in (embedding, head)):
+            raise ValueError(
+                "the input embedding and the output head share one weight and one of them is adapted: merging would "
+                "change both; load the model with tie_word_embeddings=False to merge"
+            )
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        rows = kwargs.pop("adapter_names", None)
+        layer = next(layers_of(self.model), None)
+        if rows is None or layer is None:
+            yield
+            return
+        unknown = sorted(set(rows) - set(self.peft_config) - {"__base__"})
+        if unknown:
+            raise ValueError(f"no adapter {', '.join(unknown)}; there are {', '.join(self.peft_config)} and __base__")
+        beams = kwargs.get("num_beams") or 1
+        layer.context.rows = [row for row in rows for _ in range(beams)]
+        try:
+            yield
+        finally:
+            layer.context.rows = None
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        # an update's own parameters may be nested, so the name is not always next to the end
+        marker = ".folklora_updates."
+        head, found, tail = key.partition(marker)
+        if not found:
+            return super()._remove_adapter_name_from_key(key, adapter_name)
+        return head + marker + tail.removeprefix(f"{adapter_name}.")
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: AdapterConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        renamed = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        check_saved_values(model, adapter_name, renamed)
+        return renamed
+
+
+class _MaskReader:
+    """Notes the attention masks of a call for the layers; a class, so that models can be pickled and copied."""
+
+    def __init__(self, context: CallContext) -> None:
+        self.context = context
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        masks = (kwargs.get(name) for name in _MASKS)
+        self.context.masks = tuple(m for m in masks if isinstance(m, Tensor) and m.dim() == 2)
+
+
+def _on_meta() -> bool:
+    # accelerate's init_empty_weights patches parameter registration, not tensor creation
+    return nn.Linear(1, 1, bias=False).weight.device.type == "meta"
+
+
+def _tied_pair(model: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
+    try:
+        embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    except (AttributeError, NotImplementedError):
+        return None, None
+    if embedding is None or head is None or getattr(embedding, "weight", None) is not getattr(head, "weight", 0):
+        return None, None
+    return embedding, head
+
+
+def _nothing_matched(config: AdapterConfig, model: nn.Module) -> str:
+    candidates = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if _adaptable(name, module)})
+    return (
+        f"target_modules={config.target_modules!r} matches no layer of {type(model).__name__}; "
+        f"layers that can be adapted: {', '.join(candidates)}"
+    )
+
+
+def _adaptable(name: str, module: nn.Module) -> bool:
+    if isinstance(module, FolkloraLayer):
+        return True
+    try:
+        kind_of(module, name)
+    except TypeError:
+        return False
+    return ".base_layer" not in name and name != ""
+
+
+def register() -> None:
+    """Tell PEFT about the type FOLKLORA; called once, when the package is imported."""
+    PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = AdapterConfig
+    PEFT_TYPE_TO_TUNER_MAPPING[PEFT_TYPE] = FolkloraModel
+    PEFT_TYPE_TO_PREFIX_MAPPING[PEFT_TYPE] = FolkloraModel.prefix

@@ -1,0 +1,212 @@
+"""The kernel that every adapter shares: a linear layer plus an update in factors.
+
+    y = W x + b + B (s ⊙ (A x))            A: [r, in]   s: [r] or [..., r]   B: [out, r]
+
+`Factors` is (A, s, B) with its algebra; `factored_linear` is the layer as one autograd function. Imports torch alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Factors:
+    """An update of rank r of a weight [out, in], as ΔW = B diag(s) A.
+
+    Args:
+        A: [r, in], floating point.
+        s: A number, [r], or [..., r] where the leading dimensions broadcast with those of the layer's input: then
+            the update depends on the input and has no dense form.
+        B: [out, r].
+    """
+
+    A: Tensor
+    s: Tensor | float
+    B: Tensor
+
+    @property
+    def rank(self) -> int:
+        """The number r of rank-one terms."""
+        return self.A.shape[0]
+
+    @property
+    def gated(self) -> bool:
+        """Whether s differs from one input to the next."""
+        return isinstance(self.s, Tensor) and self.s.dim() > 1
+
+    def vector(self) -> Tensor:
+        """s as a tensor [r] or [..., r], whatever it was given as."""
+        if isinstance(self.s, Tensor):
+            return self.s
+        return self.A.new_full((self.rank,), float(self.s))
+
+    def scale(self, factor: Tensor | float) -> Factors:
+        """ΔW times a number, or times a gate that broadcasts with s."""
+        if isinstance(self.s, Tensor) or isinstance(factor, Tensor):
+            return replace(self, s=self.vector() * factor)
+        return replace(self, s=self.s * factor)
+
+    def dense(self) -> Tensor:
+        """ΔW = B diag(s) A, [out, in], in the precision of the factors.
+
+        Raises:
+            ValueError: s depends on the input, so that no single ΔW exists.
+        """
+        self._refuse_gate("dense form")
+        return (self.B * self.s) @ self.A
+
+    def to_lora(self) -> tuple[Tensor, Tensor]:
+        """The same update as a plain LoRA pair (A [r, in], B [out, r]) with scaling 1: s is folded into B.
+
+        Raises:
+            ValueError: s depends on the input.
+        """
+        self._refuse_gate("plain LoRA form")
+        return self.A, self.B * self.s
+
+    def truncate(self, rank: int) -> Factors:
+        """The best approximation of ΔW of a lower rank, without building ΔW.
+
+        B diag(s) = Q_b R_b and Aᵀ = Q_a R_a, then the singular value decomposition of the r × r matrix R_b R_aᵀ.
+
+        Args:
+            rank: The rank to keep; at least 1. A rank above `self.rank` returns the factors unchanged.
+
+        Raises:
+            ValueError: The rank is below 1, or s depends on the input.
+        """
+        self._refuse_gate("truncation")
+        if rank < 1:
+            raise ValueError(f"cannot truncate to rank {rank}: the rank must be at least 1")
+        if rank >= self.rank:
+            return self
+        q_b, r_b = torch.linalg.qr((self.B * self.s).double())
+        q_a, r_a = torch.linalg.qr(self.A.double().T)
+        u, s, vh = torch.linalg.svd(r_b @ r_a.T)
+        B, A = q_b @ u[:, :rank], vh[:rank] @ q_a.T
+        return Factors(A.to(self.A), s[:rank].to(self.A), B.to(self.B))
+
+    def _refuse_gate(self, what: str) -> None:
+        if self.gated:
+            raise ValueError(f"this update has no {what}: its s depends on the input (shape {tuple(self.s.shape)})")
+
+
+def concatenate(parts: Sequence[Factors]) -> Factors:
+    """The sum of several updates as one update whose rank is the sum of theirs.
+
+    Args:
+        parts: At least one update of the same [out, in]; gates must broadcast with one another.
+
+    Returns:
+        Factors with A stacked by rows, s and B by columns.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    vectors = [part.vector() for part in parts]
+    if any(part.gated for part in parts):
+        leading = torch.broadcast_shapes(*(v.shape[:-1] for v in vectors))
+        vectors = [v.expand(*leading, v.shape[-1]) for v in vectors]
+    return Factors(
+        torch.cat([part.A for part in parts]),
+        torch.cat(vectors, dim=-1),
+        torch.cat([part.B for part in parts], dim=1),
+    )
+
+
+def factored_linear(x: Tensor, weight: Tensor, bias: Tensor | None, factors: Factors) -> Tensor:
+    """A linear layer with an update in factors, forward and backward fused.
+
+    y = z Bᵀ + b, then y += x Wᵀ in the accumulator of the base's own product, where z = s ⊙ (x Aᵀ). The input
+    gradient goes the same way: (s ⊙ (g B)) A, then += g W. Activations are never copied or cast; the small factors
+    are cast to the base's dtype, and their gradients come back in their own (float32 masters over a bfloat16 base).
+    Under autocast the input and the base weight are taken in autocast's dtype, as `torch.nn.functional.linear` does.
+
+    Args:
+        x: [..., in], in the base weight's dtype unless autocast is on.
+        weight: [out, in]; receives a gradient only if it asks for one.
+        bias: [out] or None.
+        factors: The update; s may be gated by the input.
+
+    Returns:
+        [..., out].
+    """
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        x, weight = x.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    s = factors.s
+    if isinstance(s, Tensor) and s.dim() > 1:
+        s = s.expand(*x.shape[:-1], factors.rank)
+    return _FactoredLinear.apply(x, weight, bias, factors.A, s, factors.B)
+
+
+def factored_update(x: Tensor, factors: Factors) -> Tensor:
+    """The update alone, B (s ⊙ (A x)), where the base layer is not a plain weight (quantised, hooked, convolution).
+
+    Args:
+        x: [..., in].
+        factors: The update.
+
+    Returns:
+        [..., out] in the dtype of x, or autocast's.
+    """
+    h = F.linear(x, factors.A.to(x.dtype))
+    s = factors.s.to(h.dtype) if isinstance(factors.s, Tensor) else factors.s
+    return F.linear(h * s, factors.B.to(h.dtype))
+
+
+class _FactoredLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, s: Tensor | float, B: Tensor
+    ) -> Tensor:
+        dtype = x.dtype
+        rows = x.reshape(-1, x.shape[-1])
+        a, b = A.to(dtype), B.to(dtype)
+        scale = s.to(dtype).reshape(-1, s.shape[-1]) if isinstance(s, Tensor) else s
+        h = rows @ a.T
+        z = h * scale
+        y = z @ b.T if bias is None else torch.addmm(bias, z, b.T)
+        y.addmm_(rows, weight.T)
+        gate = scale if isinstance(s, Tensor) else None
+        ctx.save_for_backward(rows, weight, a, b, h, gate)
+        ctx.constant = None if isinstance(s, Tensor) else s
+        ctx.like = (x.shape, A.dtype, B.dtype, s.shape if isinstance(s, Tensor) else None)
+        ctx.s_dtype = s.dtype if isinstance(s, Tensor) else None
+        return y.view(*x.shape[:-1], weight.shape[0])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        rows, weight, a, b, h, gate = ctx.saved_tensors
+        shape, a_dtype, b_dtype, s_shape = ctx.like
+        needs_x, needs_w, needs_bias, needs_a, needs_s, needs_b = ctx.needs_input_grad
+        scale = ctx.constant if gate is None else gate
+        g = grad.reshape(-1, grad.shape[-1])
+        gz = g @ b
+        gh = gz * scale
+        grad_x = grad_w = grad_bias = grad_a = grad_s = grad_b = None
+        if needs_x:
+            grad_x = gh @ a
+            grad_x.addmm_(g, weight)
+            grad_x = grad_x.view(shape)
+        if needs_w:
+            grad_w = g.T @ rows
+        if needs_bias:
+            grad_bias = g.sum(0)
+        if needs_a:
+            grad_a = (gh.T @ rows).to(a_dtype)
+        if needs_s:
+            products = gz.to(ctx.s_dtype) * h.to(ctx.s_dtype)
+            grad_s = products.sum(0) if len(s_shape) == 1 else products.view(s_shape)
+        if needs_b:
+            grad_b = (g.T @ (h * scale)).to(b_dtype)
+        return grad_x, grad_w, grad_bias, grad_a, grad_s, grad_b
