@@ -74,10 +74,11 @@ class Factors:
     def truncate(self, rank: int) -> Factors:
         """The best approximation of ΔW of a lower rank, without building ΔW.
 
-        B diag(s) = Q_b R_b and Aᵀ = Q_a R_a, then the singular value decomposition of the r × r matrix R_b R_aᵀ.
+        B diag(s) = Q_b R_b and Aᵀ = Q_a R_a, then the singular value decomposition of the small matrix R_b R_aᵀ.
 
         Args:
-            rank: The rank to keep; at least 1. A rank above `self.rank` returns the factors unchanged.
+            rank: The rank to keep; at least 1. `self.rank` or more returns the factors unchanged; the result's
+                rank is at most min(out, in).
 
         Raises:
             ValueError: The rank is below 1, or s depends on the input.
@@ -89,7 +90,7 @@ class Factors:
             return self
         q_b, r_b = torch.linalg.qr((self.B * self.s).double())
         q_a, r_a = torch.linalg.qr(self.A.double().T)
-        u, s, vh = torch.linalg.svd(r_b @ r_a.T)
+        u, s, vh = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
         B, A = q_b @ u[:, :rank], vh[:rank] @ q_a.T
         return Factors(A.to(self.A), s[:rank].to(self.A), B.to(self.B))
 
@@ -138,7 +139,8 @@ def factored_linear(x: Tensor, weight: Tensor, bias: Tensor | None, factors: Fac
         [..., out].
     """
     device = x.device.type
-    if torch.is_autocast_enabled(device):
+    # autocast leaves float64 alone, and knows nothing of the meta device
+    if x.dtype != torch.float64 and device != "meta" and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         x, weight = x.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)

@@ -12,10 +12,11 @@ condition number; float64 has digits to spare for that, float32 has not. What ho
 they are rounded to the dtype asked for, with s1 = the largest singular value:
 
 - U^T U = I and V^T V = I, also where singular values are zero, and for W = 0. There are no NaNs.
-- Singular values are within about 2e-8 s1 of the true ones, less than float32 rounding of W changes them.
-  Those above 1e-6 s1 are also relatively precise, to float32 precision.
-- Where singular values coincide (or are all zero), single vectors are not unique, in this as in any
-  decomposition; their span and the products are what to rely on.
+- U diag(S) V^T is W projected onto the short side's vectors, to 1e-11 s1.
+- Singular values are at worst within about 2e-8 s1 of the true ones (where they are that small themselves),
+  less than float32 rounding of W changes them; larger ones are far closer.
+- Where singular values coincide, single vectors are not unique, in this as in any decomposition: rely on
+  their span and on the products. `bottom` and `top` may then cut anywhere through the equal ones.
 - Signs are fixed: the largest entry by magnitude of each column of V is positive (the first one, where
   several are within 1e-6 of the largest), so round-off does not flip vectors from one machine to another.
 
@@ -31,9 +32,9 @@ from itertools import product
 import torch
 from torch import Tensor
 
-# Columns of W E have a cosine of about eps64 s1^2 / (s_i s_j). Below this share of s1 that may be too much for
-# their lengths to be singular values to float32 precision.
-_WELL_SEPARATED = 1e-4
+# Columns of W E have a cosine of about eps64 s1^2 / (s_i s_j). Below this share of s1 that may be too much
+# for their lengths to be singular values to float32 precision.
+_RELIABLE_SHARE = 1e-4
 
 # Entries this close to the largest one count as tied for it, so that round-off does not choose the sign.
 _SIGN_TIE = 1e-6
@@ -227,7 +228,7 @@ def _check(weight: Tensor, count: int | None = None) -> None:
         raise ValueError(f"weight of shape {shape} has an empty side: nothing to decompose")
     if count is not None and not 1 <= count <= short:
         raise ValueError(
-            f"count is {count}, but a weight of shape {shape} has {short} singular values: choose 1 to {short}"
+            f"count is {count}, but a weight of shape {shape} has {short} singular values: take 1 to {short}"
         )
     broken = [index for index in _layers(weight) if not weight[index].double().isfinite().all()]
     if broken:
@@ -273,7 +274,8 @@ def _decompose(layer: Tensor, chosen: slice) -> tuple[Tensor, Tensor, Tensor]:
     sign = torch.where(R.diagonal() < 0, -1.0, 1.0).to(R.dtype)
     Q, R = Q * sign, R * sign.unsqueeze(-1)
     S = R.diagonal()
-    strong = int((S > largest * _WELL_SEPARATED).sum())
+    reliable = largest * _RELIABLE_SHARE
+    strong = int((S > reliable).sum())
     if strong < len(S):
         left, weak, right = torch.linalg.svd(R[strong:, strong:])
         Q = torch.cat([Q[:, :strong], Q[:, strong:] @ left], 1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -128,6 +128,10 @@ class AMLoRAUpdate(Update):
         self.record = False
         self.attention: Tensor | None = None
         self._penalty: Tensor | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # a penalty that nobody took hangs on the last pass's graph, which can neither be copied nor pickled
+        return {**self.__dict__, "_penalty": None}
 
     def add_task(self, like: Tensor) -> None:
         """Append a LoRA and its gate for a new task, on the device of `like`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import enum
 import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -15,7 +16,13 @@ from torch import Tensor, nn
 
 from folklora.factored import Factors
 
-PEFT_TYPE = "FOLKLORA"
+
+class _PeftType(str, enum.Enum):
+    # PEFT and transformers ask a type for its `.value`
+    FOLKLORA = "FOLKLORA"
+
+
+PEFT_TYPE = _PeftType.FOLKLORA
 
 
 class Update(nn.Module):
@@ -95,9 +102,11 @@ class AdapterConfig(PeftConfig):
     def __new__(cls, *args: Any, **kwargs: Any) -> AdapterConfig:
         """Choose the class by `method` when called as `AdapterConfig(...)`; refuse options that it does not know."""
         chosen = cls
-        if cls is AdapterConfig and "method" in kwargs:
+        if cls is AdapterConfig:
             from folklora.methods import adapter_class
 
+            if "method" not in kwargs:
+                raise ValueError("the configuration names no method: AdapterConfig(method=...) chooses one")
             chosen = adapter_class(kwargs["method"])
         known = {f.name for f in dataclasses.fields(chosen)} if dataclasses.is_dataclass(chosen) else set()
         unknown = sorted(set(kwargs) - known)
@@ -107,6 +116,9 @@ class AdapterConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        # a saved configuration alone gives the type, in plain text; a model built from it gets empty updates that
+        # wait for their saved values, so that nothing is decomposed again
+        self.restoring = self.peft_type is not None and not isinstance(self.peft_type, _PeftType)
         self.peft_type = PEFT_TYPE
         expected = type(self).__dataclass_fields__["method"].default
         if self.method != expected:
@@ -117,17 +129,6 @@ class AdapterConfig(PeftConfig):
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), (set, tuple)):
                 setattr(self, name, sorted(getattr(self, name)))
-        self.restoring = False
-
-    @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> AdapterConfig:
-        """Read a saved configuration (see `peft.PeftConfig.from_pretrained`).
-
-        A model built from it gets empty updates that wait for their saved values: nothing is decomposed again.
-        """
-        config = super().from_pretrained(*args, **kwargs)
-        config.restoring = True
-        return config
 
     def to_dict(self) -> dict[str, Any]:
         """The options as plain values, as they are saved."""

@@ -1,2 +1,20 @@
 """What keeps the old tasks alive while a stream of tasks goes by; one file a method."""
-__all__: list[str] = []
+
+from folklora.continual.am_lora import AMLoRAStream
+from folklora.continual.base import AdapterPerTask, ContinualMethod
+from folklora.continual.inc_lora import IncLoRA
+from folklora.continual.multi_task import MultiTask
+from folklora.continual.per_task import PerTask
+from folklora.continual.replay import Replay
+from folklora.continual.seq_lora import SeqLoRA
+
+__all__ = [
+    "AMLoRAStream",
+    "AdapterPerTask",
+    "ContinualMethod",
+    "IncLoRA",
+    "MultiTask",
+    "PerTask",
+    "Replay",
+    "SeqLoRA",
+]

@@ -1,9 +1,8 @@
 """A small made-up world that writes about itself: people, towns, workshops, weather, letters, prices.
 
-Everything is our own: names are joined from syllables, sentences come from
-the grammar in grammar.txt. The world has three
-parts with no name in common. `known` is what the shipped model has read about; `practice` and `exam` are what the
-demo's tasks train and test on.
+Names are joined from syllables, sentences come from grammar.txt. The world has three parts with no name in
+common: `known` is what the shipped model has read about; `practice` and `exam` are what the demo's tasks
+train and test on.
 """
 
 from __future__ import annotations
@@ -12,102 +11,21 @@ import random
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 
 SEED = 7
 """The seed of the world that the shipped model has read about."""
 
-HEADS = [
-    "Al",
-    "Ar",
-    "Bel",
-    "Bor",
-    "Bran",
-    "Cal",
-    "Cor",
-    "Dar",
-    "Dor",
-    "El",
-    "Er",
-    "Fal",
-    "Fen",
-    "Gal",
-    "Gor",
-    "Hal",
-    "Hes",
-    "Il",
-    "Is",
-    "Jan",
-    "Jor",
-    "Kal",
-    "Kel",
-    "Lan",
-    "Lor",
-    "Mal",
-    "Mer",
-    "Mor",
-    "Nal",
-    "Nev",
-    "Ol",
-    "Or",
-    "Pel",
-    "Per",
-    "Quil",
-    "Ral",
-    "Ros",
-    "Sal",
-    "Sel",
-    "Tal",
-    "Tem",
-    "Tor",
-    "Ul",
-    "Var",
-    "Vel",
-    "Vor",
-    "Wen",
-    "Wil",
-    "Yan",
-    "Yor",
-    "Zan",
-    "Zel",
-]
-TAILS = {
-    "woman": ["ana", "ela", "eth", "ina", "isa", "ora", "wyn", "iet"],
-    "man": ["an", "do", "ed", "ico", "mund", "olf", "ric", "us"],
-    "town": ["by", "dale", "fell", "ford", "haven", "holm", "mere", "ness", "stow", "wick"],
-    "house": ["ander", "bury", "ett", "ivar", "ley", "ock", "ogan", "usk"],
-}
-WARES = {
-    "tool": ["hammer", "chisel", "saw", "rake", "spade", "sickle", "plane", "axe", "file", "trowel"],
-    "food": ["bun", "cheese", "pie", "cake", "honey", "jam", "soup", "sausage", "pickle", "biscuit"],
-    "toy": ["kite", "doll", "puppet", "hoop", "top", "marble", "rattle", "windmill", "sledge", "jigsaw"],
-    "garment": ["cloak", "scarf", "hat", "coat", "shawl", "apron", "shirt", "jacket", "gown", "waistcoat"],
-    "instrument": ["flute", "fiddle", "drum", "harp", "horn", "bell", "whistle", "lute", "pipe", "viol"],
-    "furniture": ["chair", "table", "sofa", "cupboard", "stool", "bed", "chest", "desk", "wardrobe", "cradle"],
-}
-JOBS = [
-    "smith",
-    "baker",
-    "weaver",
-    "sailor",
-    "farmer",
-    "potter",
-    "carpenter",
-    "miller",
-    "tailor",
-    "fisher",
-    "shepherd",
-    "doctor",
-]
+KINDS = ("tool", "food", "toy", "garment", "instrument", "furniture")
 TIES = ("teacher", "pupil", "neighbour", "cousin", "rival")
-VERDICTS = ("good", "bad", "mixed")
 
 SUBJECTS = {
     "letter.yes": 2, "letter.no": 2, "letter.maybe": 2, "note": 1,
     "review.good": 2, "review.bad": 2, "review.mixed": 2,
     "weather.fair": 2, "weather.foul": 2, "weather.unsettled": 2,
-    "advert": 6, "tie": 6, "life": 3, "price": 2, "list": 1, "talk": 2, "quiz": 3, "beast": 1, "event": 2, "journey": 2,
+    "advert": 6, "tie": 6, "life": 3, "price": 2, "list": 1, "talk": 2, "quiz": 3, "beast": 1, "vote": 3,
+    "event": 2, "journey": 2,
 }  # fmt: skip
 """What the world writes about, and how often."""
 
@@ -148,6 +66,14 @@ class Part:
         """Every name that belongs to this part and to no other."""
         return frozenset({p.name for p in self.people} | set(self.towns) | {w.house for w in self.wares})
 
+    def person(self, name: str) -> Person:
+        """Look somebody up by name."""
+        return self._people[name]
+
+    @cached_property
+    def _people(self) -> dict[str, Person]:
+        return {person.name: person for person in self.people}
+
 
 @dataclass(frozen=True)
 class World:
@@ -164,16 +90,22 @@ class World:
 
     def __post_init__(self) -> None:
         rng = random.Random(self.seed)
-        names = {sort: _names(rng, tails) for sort, tails in TAILS.items()}
+        names = {sort: _names(rng, sort) for sort in ("woman", "man", "town", "house")}
         for part, start, stop in (("known", 0.0, 0.7), ("practice", 0.7, 0.85), ("exam", 0.85, 1.0)):
             share = {sort: every[int(start * len(every)) : int(stop * len(every))] for sort, every in names.items()}
             object.__setattr__(self, part, _part(rng, share))
 
 
-def _names(rng: random.Random, tails: list[str]) -> list[str]:
-    names = [head + tail for head in HEADS for tail in tails]
+def _names(rng: random.Random, sort: str) -> list[str]:
+    names = [head + tail for head in _words("head") for tail in _words(f"tail.{sort}")]
     rng.shuffle(names)
     return names[:240]
+
+
+def name_pieces() -> tuple[list[str], list[str]]:
+    """List the first and the last syllables that all names of all worlds are joined from."""
+    tails = {tail for sort in ("woman", "man", "town", "house") for tail in _words(f"tail.{sort}")}
+    return list(_words("head")), sorted(tails)
 
 
 def _part(rng: random.Random, names: dict[str, list[str]]) -> Part:
@@ -184,12 +116,12 @@ def _part(rng: random.Random, names: dict[str, list[str]]) -> Part:
     for name in everybody:
         others = rng.sample([other for other in everybody if other != name], len(TIES))
         ties = dict(zip(TIES, others, strict=True))
-        people.append(Person(name, forms[sexes[name]], rng.choice(names["town"]), rng.choice(JOBS), ties))
+        people.append(Person(name, forms[sexes[name]], rng.choice(names["town"]), rng.choice(_words("job")), ties))
     wares = []
     for house in names["house"]:
-        for kind in rng.sample(sorted(WARES), 3):
+        for kind in rng.sample(KINDS, 3):
             maker = rng.choice(people)
-            noun = rng.choice(WARES[kind])
+            noun = rng.choice(_words(kind))
             wares.append(Ware(house, noun, kind, maker.name, maker.home, rng.randint(2, 99)))
     return Part(tuple(people), tuple(names["town"]), tuple(wares))
 
@@ -197,6 +129,7 @@ def _part(rng: random.Random, names: dict[str, list[str]]) -> Part:
 @cache
 def _rules() -> dict[str, list[list[str]]]:
     rules: dict[str, list[list[str]]] = {}
+    symbol = ""
     for line in Path(__file__).with_name("grammar.txt").read_text(encoding="utf-8").splitlines():
         if line.startswith("  |"):
             found = re.split(r"(?:^| +)\| ", line.strip().replace("\\n", "\n"))[1:]
@@ -205,6 +138,10 @@ def _rules() -> dict[str, list[list[str]]]:
             symbol = line[:-1]
             rules[symbol] = []
     return rules
+
+
+def _words(symbol: str) -> list[str]:
+    return [pieces[0] for pieces in _rules()[symbol]]
 
 
 def _pieces(template: str) -> list[str]:
@@ -226,18 +163,21 @@ class Writer:
         self.rules: dict[str, str] = {}
         self._said: set[tuple[str, int]] = set()
 
-    def scene(self, *kinds: str) -> dict[str, str]:
+    def scene(self, kind: str | None = None, tie: str | None = None) -> dict[str, str]:
         """Draw the people, towns and wares that the next text is about.
 
         Args:
-            *kinds: The kinds of ware to choose from; none means all.
+            kind: The kind of the wares, one of `KINDS`; None means any.
+            tie: What a is to b, one of `TIES`; None means any.
 
         Returns:
             The facts, by slot, such as {"p": "Morisa", "p.home": "Kelholm", "w.noun": "kite", ...}.
         """
         rng, part = self.rng, self.part
-        p, a, b = rng.sample(part.people, 3)
-        wares = [ware for ware in part.wares if ware.kind in kinds] if kinds else part.wares
+        tie = tie or rng.choice(TIES)
+        p, b = rng.sample(part.people, 2)
+        a = part.person(b.ties[tie])
+        wares = [ware for ware in part.wares if ware.kind == kind] if kind else part.wares
         w, v = rng.sample(wares, 2)
         while w.price == v.price:
             v = rng.choice(wares)
@@ -252,9 +192,9 @@ class Writer:
             facts |= {f"{key}.{fact}": str(value) for fact, value in vars(ware).items()}
         facts["dear"], facts["cheap"] = (w.house, v.house) if w.price > v.price else (v.house, w.house)
         facts["afford"] = "could buy it" if v.price >= w.price else "could not buy it"
-        facts["name"] = rng.choice(TIES)
+        facts["tie.name"] = tie
         self.facts = facts
-        self.rules = {"trait": f"{w.kind}.trait", "tie": f"tie.{facts['name']}"}
+        self.rules = {"trait": f"{w.kind}.trait", "tie": f"tie.{tie}"}
         return facts
 
     def write(self, template: str) -> str:

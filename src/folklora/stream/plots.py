@@ -1,19 +1,13 @@
-"""Figures of a run: heat maps and line charts for the pages (HTML, inline SVG), and one image of a stream."""
+"""What the pages are made of: numbers read and put in words, heat maps, line charts, and the page around them."""
 
 from __future__ import annotations
 
 import html
-import io
 import math
-import os
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Real
-from pathlib import Path
 from typing import Any
-
-from folklora.stream.files import write_text
 
 # Okabe and Ito's colours, which colour-blind readers tell apart; yellow is left out, as white paper swallows it.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#444444")
@@ -30,8 +24,44 @@ MARKER_PATHS = (
 )
 MISSING = "–"
 
+# key in results.json, heading, which end is better (1 high, -1 low, 0 neither), what it means
+SCORES = (
+    ("average_accuracy", "Average accuracy", 1, "the mean over all tasks after the last one was learned, in percent"),
+    (
+        "backward_transfer",
+        "Backward transfer",
+        1,
+        "how much the earlier tasks changed between being learned and the end, in points; below zero is loss",
+    ),
+    ("forgetting", "Forgetting", -1, "how far the earlier tasks ended below the best they ever reached, in points"),
+    (
+        "forward_transfer",
+        "Forward transfer",
+        1,
+        "how much a task gained, before it was trained, from the tasks before it, in points over the untouched model",
+    ),
+    ("learning_accuracy", "Learning accuracy", 1, "the mean over tasks, each just after it was learned, in percent"),
+    (
+        "average_incremental_accuracy",
+        "Average incremental accuracy",
+        1,
+        "the average accuracy over the tasks seen so far, taken after each task, then averaged, in percent",
+    ),
+)
+COSTS = (
+    ("trainable_parameters", "Trainable parameters", "numbers that training changes while one task is learned"),
+    ("stored_parameters", "Stored parameters", "numbers kept at the end beside the base model"),
+    ("seconds", "Seconds", "time that the method took"),
+)
+# Methods that show what is possible rather than learn task after task without being told the task.
+BOUNDS = {
+    "multi-task": "multi-task trains on all the tasks at once",
+    "per-task": "per-task keeps one adapter for each task and is told which task is asked",
+}
+_SIGNED = ("backward_transfer", "forward_transfer")
+
 _WIDTH, _HEIGHT = 340, 205
-_LEFT, _RIGHT, _TOP, _BOTTOM = 40, 12, 12, 40
+_LEFT, _RIGHT, _TOP, _FLOOR = 40, 328, 12, 165
 
 _STYLE = """
 :root{color-scheme:light dark;--bg:#fbfbf9;--fg:#1c1c1a;--muted:#5c5b56;--rule:#dbdad4;--shade:#efeee9;
@@ -53,25 +83,28 @@ dl.terms{display:block} dl.terms dd{margin:0 0 .3rem}
 table{border-collapse:collapse;font-size:.88rem;font-variant-numeric:tabular-nums;overflow-wrap:normal}
 caption{text-align:left;font-weight:600;padding:0 0 .3rem}
 th,td{padding:.3rem .6rem;text-align:right;border-bottom:1px solid var(--rule)}
-th{font-weight:600;vertical-align:bottom} td.text,th.text,tbody th{text-align:left}
+td{white-space:nowrap} th{font-weight:600;vertical-align:bottom} td.text,th.text,tbody th{text-align:left}
+tbody th{white-space:nowrap;vertical-align:middle}
 td.best{font-weight:700} tr.mean>*{border-top:2px solid var(--muted);font-weight:600}
 .heat{border-collapse:separate;border-spacing:2px}
-.heat th{font-weight:500;font-size:.8rem;border:0;padding:.15rem .4rem;max-width:11rem;overflow-wrap:anywhere}
-.heat thead th{max-width:6.5rem;text-align:center} .heat thead th:first-child{text-align:left;color:var(--muted)}
+.heat th{font-weight:500;font-size:.8rem;border:0;padding:.15rem .4rem;max-width:11rem;overflow-wrap:break-word}
+.heat thead th{max-width:6.5rem;text-align:center} .heat thead th:first-child{text-align:left;color:var(--muted);
+white-space:nowrap;max-width:none} .heat tbody th{white-space:normal}
 .heat td{min-width:3.2rem;border:1.5px solid transparent;text-align:center;border-radius:3px;
 background:rgb(var(--heat)/calc(var(--v)*var(--strength)))}
 .heat td.now{border-color:var(--fg);font-weight:600}
 .heat td.later{border:1.5px dashed var(--muted);font-style:italic;background:none;color:var(--muted)}
 .heat td.none{background:none;color:var(--muted)}
-.key{display:inline-block;padding:0 .4rem;border-radius:3px;border:1.5px solid var(--fg);font-size:.85em;color:var(--fg)}
+.key{display:inline-block;padding:0 .4rem;border-radius:3px;border:1.5px solid var(--fg);font-size:.85em;
+color:var(--fg)}
 .key.later{border:1.5px dashed var(--muted);font-style:italic;color:var(--muted)}
 .grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,19rem),1fr));gap:1.2rem 1.4rem;margin:.8rem 0}
 .flow{display:flex;flex-wrap:wrap;gap:1.2rem 2.2rem;margin:.8rem 0} .flow>*{max-width:100%;margin:0}
-figure{margin:0;min-width:0} figure.wide{max-width:36rem}
+figure{margin:0;min-width:0} figure.wide{max-width:29rem}
 svg{display:block;width:100%;height:auto} svg text{fill:var(--muted);font:11px system-ui,sans-serif}
 .axis{stroke:var(--rule);stroke-width:1} .mark{stroke:var(--muted);stroke-width:1;stroke-dasharray:3 3}
 .shade{fill:var(--shade)} .line{fill:none;stroke:var(--c);stroke-width:1.8;stroke-linejoin:round}
-.second{stroke-dasharray:5 3} .third{stroke-dasharray:1.5 2.5} .dot{fill:var(--c);stroke:var(--bg);stroke-width:.8}
+.second{stroke-dasharray:5 3} .dot{fill:var(--c);stroke:var(--bg);stroke-width:.8}
 .legend{list-style:none;display:flex;flex-wrap:wrap;gap:.2rem 1.2rem;padding:0;font-size:.9rem;max-width:none}
 .legend li{display:flex;align-items:center;gap:.45rem} .legend svg{width:30px;flex:none}
 details{margin:.5rem 0} summary{cursor:pointer;font-weight:600} td.text{white-space:pre-wrap}
@@ -124,8 +157,7 @@ def read_scores(values: Any, count: int, what: str) -> list[float | None]:
     if values is None:
         return [None] * count
     if not isinstance(values, (list, tuple)) or len(values) != count:
-        found = f"{len(values)} values" if isinstance(values, (list, tuple)) else repr(plain(values)[:40])
-        raise ValueError(f"{what} must hold {count} numbers, one a task, found {found}")
+        raise ValueError(f"{what} must hold {count} numbers, one a task")
     scores = []
     for column, value in enumerate(values, start=1):
         try:
@@ -163,6 +195,44 @@ def accuracy_so_far(matrix: Sequence[Sequence[float | None]]) -> list[float | No
     return means
 
 
+def number_text(key: str, value: float | None) -> str:
+    """A score or cost as the tables show it: one digit after the point, signs on transfers, thin spaces in counts."""
+    if value is None:
+        return MISSING
+    if key.endswith("_parameters"):
+        return f"{round(value):,}".replace(",", "\u202f")
+    text = f"{value:+.1f}" if key in _SIGNED else f"{value:.1f}"
+    return ("0.0" if float(text) == 0 else text).replace("-", "\u2212")
+
+
+def glossary() -> str:
+    """What the columns of scores and costs mean, folded."""
+    terms = [(heading, meaning) for _, heading, _, meaning in SCORES] + [cost[1:] for cost in COSTS]
+    rows = "".join(f"<dt>{heading}</dt><dd>{meaning}</dd>" for heading, meaning in terms)
+    return f'<details><summary>What the columns mean</summary><dl class="terms">{rows}</dl></details>'
+
+
+def verdict(scores: Sequence[tuple[str, float | None]], references: Sequence[tuple[str, float | None]] = ()) -> str:
+    """Which method has the highest average accuracy and how far below it the others end, as plain text.
+
+    Args:
+        scores: Each method's name and average accuracy in percent (None: not known).
+        references: The same for methods that show what is possible (see BOUNDS); they take part only if no others do.
+    """
+    if not scores:
+        scores, references = references, ()
+    ranked = sorted(((name, round(v, 1)) for name, v in scores if v is not None), key=lambda pair: -pair[1])
+    if not ranked:
+        return "No method was tested on all tasks at the end, so there is no average accuracy to compare."
+    (leader, best), rest = ranked[0], ranked[1:]
+    text = f"{leader} ends with an average accuracy of {best:.1f} %."
+    if rest:
+        gaps = [f"{name} by {best - v:.1f} points" if best > v else f"{name} is level with it" for name, v in rest]
+        text = f"{leader} has the highest average accuracy, {best:.1f} %. Below it: {', '.join(gaps)}."
+    known = [f"{name} {value:.1f} %" for name, value in references if value is not None]
+    return f"References aside, {text} For reference: {', '.join(known)}." if known else text
+
+
 def page(title: str, body: str) -> str:
     """A whole HTML page around a body: no script, nothing fetched, light and dark."""
     names = [f"--c{i}:{{}}" for i in range(len(COLOURS))]
@@ -172,7 +242,7 @@ def page(title: str, body: str) -> str:
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; style-src \'unsafe-inline\'">\n'
+        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">\n"
         f"<title>{escape(title)}</title>\n<style>\n{style}\n</style>\n</head>\n<body>\n{body}\n</body>\n</html>\n"
     )
 
@@ -216,6 +286,25 @@ def heat_map(
     )
 
 
+def text_table(headings: Sequence[str], rows: Sequence[Sequence[str]], texts: int, means: Sequence[bool] = ()) -> str:
+    """A table of texts whose first column names the rows.
+
+    Args:
+        headings: The heading of each column.
+        rows: The cells of each row.
+        texts: How many columns at the left are words; the others are numbers, aligned at the right.
+        means: Which rows are the mean of those above.
+    """
+    kinds = [' class="text"' if i < texts else "" for i in range(len(headings))]
+    head = "".join(f'<th scope="col"{kind}>{escape(text)}</th>' for kind, text in zip(kinds, headings, strict=True))
+    lines = []
+    for i, cells in enumerate(rows):
+        line = f'<th scope="row">{escape(cells[0])}</th>'
+        line += "".join(f"<td{kind}>{escape(text)}</td>" for kind, text in zip(kinds[1:], cells[1:], strict=True))
+        lines.append(f'<tr class="mean">{line}</tr>' if means and means[i] else f"<tr>{line}</tr>")
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead>\n<tbody>{"".join(lines)}</tbody></table></div>'
+
+
 def legend(names: Sequence[str]) -> str:
     """The colours and marks of the lines, for all the charts of a section."""
     items = [
@@ -250,30 +339,22 @@ def line_chart(
         marks: Where dashed vertical lines stand.
     """
 
-    def across(x: float) -> float:
-        return _LEFT + (_WIDTH - _LEFT - _RIGHT) * x / x_top
-
-    def up(y: float) -> float:
-        return _HEIGHT - _BOTTOM - (_HEIGHT - _TOP - _BOTTOM) * y / y_top
-
-    floor = _HEIGHT - _BOTTOM
+    across, up = (_RIGHT - _LEFT) / x_top, (_FLOOR - _TOP) / y_top
     parts = [f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(label)}">']
     if shade_to > 0:
-        width = across(shade_to) - _LEFT
-        parts.append(f'<rect class="shade" x="{_LEFT}" y="{_TOP}" width="{width:.1f}" height="{floor - _TOP}"/>')
+        size = f'width="{shade_to * across:.1f}" height="{_FLOOR - _TOP}"'
+        parts.append(f'<rect class="shade" x="{_LEFT}" y="{_TOP}" {size}/>')
     for y in ticks(y_top):
-        parts.append(f'<path class="axis" d="M{_LEFT} {up(y):.1f}H{_WIDTH - _RIGHT}"/>')
-        parts.append(f'<text x="{_LEFT - 6}" y="{up(y) + 4:.1f}" text-anchor="end">{y:g}</text>')
-    parts += [f'<path class="mark" d="M{across(x):.1f} {_TOP}V{floor}"/>' for x in marks]
-    for x in ticks(x_top, whole=True):
-        parts.append(f'<text x="{across(x):.1f}" y="{floor + 15}" text-anchor="middle">{x:g}</text>')
-    middle = (_LEFT + _WIDTH - _RIGHT) / 2
-    parts.append(f'<text x="{middle:.1f}" y="{floor + 32}" text-anchor="middle">{escape(x_label)}</text>')
+        parts.append(f'<path class="axis" d="M{_LEFT} {_FLOOR - y * up:.1f}H{_RIGHT}"/>')
+        parts.append(_text(_LEFT - 6, _FLOOR - y * up + 4, f"{y:g}", "end"))
+    parts += [f'<path class="mark" d="M{_LEFT + x * across:.1f} {_TOP}V{_FLOOR}"/>' for x in marks]
+    parts += [_text(_LEFT + x * across, _FLOOR + 15, f"{x:g}") for x in ticks(x_top, whole=True)]
+    parts.append(_text((_LEFT + _RIGHT) / 2, _FLOOR + 32, x_label))
     for line in lines:
-        placed = [(across(x), None if y is None else up(y)) for x, y in line.points]
+        placed = [(_LEFT + x * across, None if y is None else _FLOOR - y * up) for x, y in line.points]
         parts.append(f'<path class="{_line_class(line.colour)}" style="{_colour(line.colour)}" d="{_path(placed)}"/>')
         for (x, y), (px, py) in zip(line.points, placed, strict=True):
-            if dots and y is not None and py is not None:
+            if dots and py is not None:
                 parts.append(_dot(px, py, line.colour, f"{line.name} at {x:g}: {y:.1f}"))
     return "".join(parts) + "</svg>"
 
@@ -292,7 +373,11 @@ def _colour(index: int) -> str:
 
 
 def _line_class(index: int) -> str:
-    return ("line", "line second", "line third")[min(index // len(COLOURS), 2)]
+    return "line" if index < len(COLOURS) else "line second"
+
+
+def _text(x: float, y: float, text: str, anchor: str = "middle") -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
 
 
 def _dot(x: float, y: float, index: int, title: str = "") -> str:
@@ -309,119 +394,3 @@ def _path(points: Sequence[tuple[float, float | None]]) -> str:
             steps.append(f"{'L' if pen_down else 'M'}{x:.1f} {y:.1f}")
         pen_down = y is not None
     return "".join(steps)
-
-
-def plot_stream(results: dict[str, Any], path: str | Path) -> None:
-    """Draw a run as one image: average accuracy over the tasks seen so far, and beside it each task's retention.
-
-    Left, AA_k = (1/k) sum_{j<=k} R[k][j] after each task k; right, one small panel a task with R[.][j] of each
-    method, shaded before the task was learned.
-
-    Args:
-        results: What results.json holds; "tasks" and each method's "matrix" are used.
-        path: The image to write, .svg or .png.
-
-    Raises:
-        ImportError: matplotlib is missing.
-        ValueError: The path has another suffix, or the results lack tasks, methods or a whole matrix.
-    """
-    path = Path(path)
-    if path.suffix not in (".svg", ".png"):
-        raise ValueError(f"{path}: a plot is written as .svg or .png, not {path.suffix or 'without a suffix'}")
-    tasks, matrices = _matrices(results)
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("plotting needs matplotlib: pip install 'folklora[report]'") from error
-    style = {
-        "text.parse_math": False,
-        "svg.hashsalt": "folklora",
-        "font.size": 9,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.grid": True,
-        "axes.grid.axis": "y",
-        "grid.color": "#e4e4e0",
-        "axes.axisbelow": True,
-    }
-    with matplotlib.rc_context(style):
-        columns = min(len(tasks), max(2, math.ceil(math.sqrt(len(tasks)))), 5)
-        rows = math.ceil(len(tasks) / columns)
-        figure = Figure(figsize=(5 + 1.6 * columns, max(3.6, 1.45 * rows + 0.9)), layout="constrained", dpi=160)
-        left, right = figure.subfigures(1, 2, width_ratios=(4.4, 1.75 * columns))
-        _draw_average(left.subplots(), matrices, len(tasks))
-        panels = right.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
-        _draw_retention(panels, matrices, tasks)
-        handles, names = left.axes[0].get_legend_handles_labels()
-        figure.legend(handles, names, loc="outside lower center", ncols=min(len(names), 7), frameon=False)
-        _save(figure, path)
-
-
-def _matrices(results: dict[str, Any]) -> tuple[list[str], dict[str, list[list[float | None]]]]:
-    tasks, methods = results.get("tasks"), results.get("methods")
-    if not tasks or not methods:
-        raise ValueError("results need a list of 'tasks' and at least one of 'methods' to be plotted")
-    matrices = {}
-    for name, entry in methods.items():
-        try:
-            matrices[plain(name)] = read_matrix(entry.get("matrix"), len(tasks))
-        except ValueError as error:
-            raise ValueError(f"methods.{name}: {error}") from error
-    return [plain(task) for task in tasks], matrices
-
-
-def _values(numbers: Sequence[float | None]) -> list[float]:
-    return [math.nan if number is None else number for number in numbers]
-
-
-def _look(index: int, size: float) -> dict[str, Any]:
-    dashes = ("-", "--", ":")[min(index // len(COLOURS), 2)]
-    place = index % len(COLOURS)
-    return {"color": COLOURS[place], "marker": MARKERS[place], "linestyle": dashes, "markersize": size, "mew": 0}
-
-
-def _draw_average(axes: Any, matrices: dict[str, list[list[float | None]]], count: int) -> None:
-    after = range(1, count + 1)
-    for index, (name, matrix) in enumerate(matrices.items()):
-        axes.plot(after, _values(accuracy_so_far(matrix)), label=name, linewidth=1.8, **_look(index, 5))
-    axes.set(ylim=(0, 102), xlabel="tasks trained", ylabel="accuracy (%)")
-    axes.set_title("Average over the tasks seen so far", loc="left", fontweight="bold")
-    axes.set_xticks([int(tick) for tick in ticks(count, whole=True) if tick])
-
-
-def _draw_retention(panels: Any, matrices: dict[str, list[list[float | None]]], tasks: Sequence[str]) -> None:
-    after = range(1, len(tasks) + 1)
-    for j, axes in enumerate(panels.flat):
-        if j >= len(tasks):
-            axes.set_visible(False)
-            continue
-        for index, matrix in enumerate(matrices.values()):
-            column = _values([row[j] for row in matrix])
-            axes.plot(after, column, linewidth=1.2, **_look(index, 3))
-        axes.axvspan(0.7, j + 1, color="#efeee9", linewidth=0, zorder=0)
-        axes.set(xlim=(0.7, len(tasks) + 0.3), ylim=(-2, 102))
-        axes.set_xticks([int(tick) for tick in ticks(len(tasks), whole=True) if tick])
-        name = tasks[j] if len(tasks[j]) <= 16 else tasks[j][:15] + "…"
-        axes.set_title(f"{j + 1} {name}", loc="left", fontsize=8.5)
-        axes.tick_params(labelsize=7.5, length=2)
-
-
-def _save(figure: Any, path: Path) -> None:
-    image = io.BytesIO()
-    if path.suffix == ".svg":
-        figure.savefig(image, format="svg", metadata={"Date": None})
-        write_text(path, image.getvalue().decode("utf-8"))
-        return
-    figure.savefig(image, format="png")
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(image.getvalue())
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

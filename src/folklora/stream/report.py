@@ -4,63 +4,35 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from folklora.stream.files import read_json, write_text
 from folklora.stream.plots import (
+    BOUNDS,
+    COSTS,
     MISSING,
+    SCORES,
     Line,
     accuracy_so_far,
     escape,
+    glossary,
     heat_map,
     legend,
     line_chart,
+    number_text,
     page,
     read_matrix,
     read_number,
     read_scores,
+    verdict,
 )
 
-# key in results.json, heading, which end is better (1 high, -1 low, 0 neither), what it means
-SCORES = (
-    ("average_accuracy", "Average accuracy", 1, "the mean over all tasks after the last one was learned, in percent"),
-    (
-        "backward_transfer",
-        "Backward transfer",
-        1,
-        "how much the earlier tasks changed between being learned and the end, in points; below zero is loss",
-    ),
-    ("forgetting", "Forgetting", -1, "how far the earlier tasks ended below the best they ever reached, in points"),
-    (
-        "forward_transfer",
-        "Forward transfer",
-        1,
-        "how much a task gained, before it was trained, from the tasks before it, in points over the untouched model",
-    ),
-    ("learning_accuracy", "Learning accuracy", 1, "the mean over tasks, each just after it was learned, in percent"),
-    (
-        "average_incremental_accuracy",
-        "Average incremental accuracy",
-        1,
-        "the average accuracy over the tasks seen so far, taken after each task, then averaged, in percent",
-    ),
-)
-COSTS = (
-    ("trainable_parameters", "Trainable parameters", "numbers that training changes at a time"),
-    ("stored_parameters", "Stored parameters", "numbers kept at the end beside the base model"),
-    ("seconds", "Seconds", "time for training and testing together"),
-)
-_SIGNED = ("backward_transfer", "forward_transfer")
 _METRICS = {
     "auto": "the label with the highest likelihood; exact match where a task has no labels",
     "rank": "the label with the highest likelihood",
     "exact": "exact match of the generated answer, after lower-casing and removing punctuation",
-}
-_BOUNDS = {
-    "multi-task": "multi-task trains on all the tasks at once",
-    "per-task": "per-task keeps one adapter for each task and is told which task is asked",
 }
 
 
@@ -130,6 +102,8 @@ def _head_problems(results: Any) -> list[str]:
     for key in ("model", "metric"):
         if not isinstance(results.get(key), str):
             problems.append(f"'{key}' must be a text" if key in results else f"'{key}' is missing")
+    if not isinstance(results.get("seed"), (int, type(None))):
+        problems.append("'seed' must be a whole number")
     if not _is_names(results.get("tasks")):
         problems.append("'tasks' must be a list of task names, at least one")
     if not isinstance(results.get("methods"), dict) or not results["methods"]:
@@ -146,7 +120,8 @@ def _check_method(entry: Any, tasks: list[str]) -> tuple[dict[str, Any], list[st
     checks = {
         "matrix": lambda value: read_matrix(value, len(tasks)),
         "start": lambda value: read_scores(value, len(tasks), "the scores before training"),
-        "settings": _check_settings,
+        "seed": _must_be((int, type(None)), "a whole number"),
+        "settings": _must_be((dict,), "an object"),
         "losses": lambda value: _check_losses(value, len(tasks)),
         "attention": _check_attention,
         **dict.fromkeys(numbers, read_number),
@@ -160,16 +135,17 @@ def _check_method(entry: Any, tasks: list[str]) -> tuple[dict[str, Any], list[st
     return entry, problems
 
 
-def _check_settings(settings: Any) -> dict[str, Any]:
-    if not isinstance(settings, dict):
-        raise ValueError(f"must be an object, found {type(settings).__name__}")
-    return settings
+def _must_be(kinds: tuple[type, ...], words: str) -> Callable[[Any], Any]:
+    def check(value: Any) -> Any:
+        if not isinstance(value, kinds):
+            raise ValueError(f"must be {words}, found {type(value).__name__}")
+        return value
+
+    return check
 
 
 def _check_losses(losses: Any, count: int) -> list[dict[str, Any]]:
-    if not isinstance(losses, list):
-        raise ValueError(f"must be a list, found {type(losses).__name__}")
-    for i, record in enumerate(losses):
+    for i, record in enumerate(_must_be((list,), "a list")(losses)):
         if not isinstance(record, dict) or {"task", "step", "loss"} - record.keys():
             raise ValueError(f"record {i} must have 'task', 'step' and 'loss'")
         if record["task"] not in range(count) or read_number(record["step"]) is None:
@@ -194,25 +170,230 @@ def _check_attention(attention: Any) -> dict[str, Any] | None:
     return {**attention, "mean": [[[read_number(cell) for cell in row] for row in rows] for rows in mean]}
 
 
-def number_text(key: str, value: float | None) -> str:
-    """A score or cost as the tables show it: one digit after the point, signs on transfers, thin spaces in counts."""
-    if value is None:
-        return MISSING
-    if key.endswith("_parameters"):
-        return f"{round(value):,}".replace(",", "\u202f")
-    text = f"{value:+.1f}" if key in _SIGNED else f"{value:.1f}"
-    return ("0.0" if float(text) == 0 else text).replace("-", "\u2212")
+def write_report(run: str | Path) -> Path:
+    """Write RUN/report.html from RUN/results.json: one page that needs no other file and no network.
+
+    Args:
+        run: The folder of a run.
+
+    Returns:
+        The page's path.
+
+    Raises:
+        FileNotFoundError: There is no such folder, or it holds no results.json.
+        ValueError: See `read_results`.
+    """
+    results = read_results(run)
+    methods, tasks = results["methods"], results["tasks"]
+    parts = [_heading(results), _summary(results), _average_section(methods, len(tasks))]
+    parts += [_retention(methods, tasks), _matrices(methods, tasks), _losses(methods, tasks), _attention(methods)]
+    parts.append(_settings(methods))
+    path = Path(run) / "report.html"
+    write_text(path, page(f"Folklora: {results['model']}, {len(tasks)} tasks", "\n".join(filter(None, parts))))
+    return path
 
 
-def verdict(scores: Sequence[tuple[str, float | None]]) -> str:
-    """Which method has the highest average accuracy, and how far below it each other ends, as plain text."""
-    ranked = sorted(((round(v, 1), name) for name, v in scores if v is not None), key=lambda pair: -pair[0])
-    if not ranked:
-        return "No method was tested on all tasks at the end, so there is no average accuracy to compare."
-    best, leader = ranked[0]
-    if len(ranked) == 1:
-        return f"{leader} ends with an average accuracy of {best:.1f} %."
-    gaps = [
-        f"{name} by {best - value:.1f} points" if best > value else f"{name} is level" for value, name in ranked[1:]
+def _heading(results: dict[str, Any]) -> str:
+    metric = results["metric"]
+    facts = {
+        "Model": results["model"],
+        "Tasks, in order": " → ".join(results["tasks"]),
+        "Metric": f"{metric}: {_METRICS[metric]}" if metric in _METRICS else metric,
+        "Seed": results.get("seed", MISSING),
+        "Folklora": results.get("folklora", MISSING),
+    }
+    rows = "".join(f"<dt>{name}</dt><dd>{escape(value)}</dd>" for name, value in facts.items())
+    return f"<h1>What each method learned, and what it kept</h1>\n<dl>{rows}</dl>"
+
+
+def _summary(results: dict[str, Any]) -> str:
+    methods = results["methods"]
+    columns = [(key, heading, better) for key, heading, better, _ in SCORES]
+    columns += [(key, heading, 0) for key, heading, _ in COSTS]
+    judged = [name for name in methods if name not in BOUNDS]
+    best = {}
+    for key, _, better in columns:
+        values = [methods[name][key] * better for name in judged if better and methods[name][key] is not None]
+        best[key] = max(values) * better if len(set(values)) > 1 else None
+    rows = []
+    for name, entry in methods.items():
+        cells = "".join(
+            f'<td class="best">{number_text(key, entry[key])}</td>'
+            if name in judged and best[key] is not None and entry[key] == best[key]
+            else f"<td>{number_text(key, entry[key])}</td>"
+            for key, *_ in columns
+        )
+        rows.append(f'<tr><th scope="row">{escape(name)}</th>{cells}</tr>')
+    head = "".join(f'<th scope="col">{heading}</th>' for _, heading, _ in columns)
+    bounds = "; ".join(text for name, text in BOUNDS.items() if name in methods)
+    ends = {name: entry["average_accuracy"] for name, entry in methods.items()}
+    words = verdict([(n, ends[n]) for n in judged], [(n, ends[n]) for n in methods if n not in judged])
+    return (
+        "<h2>The methods</h2>\n"
+        f"<p>{escape(words)}</p>\n"
+        + (f'<p class="note">The references: {bounds}.</p>\n' if bounds else "")
+        + '<p class="note">This is one run with one seed. Small differences may be chance; repeat the run with '
+        "other seeds and task orders, and compare the means. The best value of a column is bold, references aside.</p>\n"
+        f'<div class="scroll"><table><thead><tr><th class="text" scope="col">Method</th>{head}</tr></thead>\n'
+        f"<tbody>{''.join(rows)}</tbody></table></div>\n{glossary()}"
+    )
+
+
+def _average_section(methods: dict[str, Any], count: int) -> str:
+    lines = [
+        Line(name, i, list(enumerate(accuracy_so_far(entry["matrix"]), start=1)))
+        for i, (name, entry) in enumerate(methods.items())
     ]
-    return f"{leader} has the highest average accuracy, {best:.1f} %. Below it: {', '.join(gaps)}."
+    chart = line_chart(
+        lines,
+        label="Average accuracy over the tasks seen so far, by method",
+        x_label="tasks trained",
+        x_top=count,
+        y_top=100,
+    )
+    return (
+        "<h2>Average accuracy along the stream</h2>\n"
+        "<p>After each task: the mean accuracy (percent) over the tasks trained so far. A line that falls shows tasks "
+        "being forgotten, or harder tasks arriving; a mark alone is a method tested only at that point.</p>\n"
+        f'{legend(list(methods))}\n<figure class="wide">{chart}</figure>'
+    )
+
+
+def _retention(methods: dict[str, Any], tasks: Sequence[str]) -> str:
+    charts = []
+    for j, task in enumerate(tasks):
+        lines = []
+        for i, (name, entry) in enumerate(methods.items()):
+            before = (entry["start"] or [None] * len(tasks))[j]
+            column = [before, *(row[j] for row in entry["matrix"])]
+            lines.append(Line(name, i, list(enumerate(column))))
+        label = f"Accuracy on {task} after each task, by method"
+        chart = line_chart(lines, label=label, x_label="tasks trained", x_top=len(tasks), y_top=100, shade_to=j + 1)
+        charts.append(f"<figure><h3>{j + 1}. {escape(task)}</h3>{chart}</figure>")
+    return (
+        "<h2>Each task along the stream</h2>\n"
+        "<p>One chart a task: its accuracy (percent) before any training (0) and after each task. The shade ends where "
+        "the task itself was trained. A line that stays level to the right of the shade was kept; one that falls was "
+        f'forgotten.</p>\n{legend(list(methods))}\n<div class="grid">{"".join(charts)}</div>'
+    )
+
+
+def _matrices(methods: dict[str, Any], tasks: Sequence[str]) -> str:
+    def kind(i: int, j: int) -> str:
+        return "now" if i == j else "seen" if j < i else "later"
+
+    maps = [
+        heat_map(name, "after ↓ tested on →", tasks, list(zip(tasks, entry["matrix"], strict=True)), kind=kind)
+        for name, entry in methods.items()
+    ]
+    return (
+        "<h2>Accuracy after each task, on each task</h2>\n"
+        "<p>A row is the moment after training that task; a column is the task tested; the number is the accuracy in "
+        'percent. <span class="key">Framed</span>: the task just trained. Left of it, tasks learned earlier: read down '
+        'a column to see what was kept. <span class="key later">Dashed</span>: tasks not yet seen. '
+        f'{MISSING}: not tested.</p>\n<div class="flow">{"".join(maps)}</div>'
+    )
+
+
+def _loss_line(records: Sequence[dict[str, Any]], most: int = 240) -> tuple[list[tuple[float, float]], list[float]]:
+    # Steps may count from the first task or anew for each; a new task whose steps do not go on is set behind the last.
+    points: list[tuple[float, float]] = []
+    borders: list[float] = []
+    offset = last = 0.0
+    task = records[0]["task"]
+    for record in records:
+        if record["task"] != task:
+            offset = last if record["step"] + offset <= last else offset
+            borders.append(last)
+            task = record["task"]
+        last = offset + record["step"]
+        if record["loss"] is not None:
+            points.append((last, record["loss"]))
+    size = math.ceil(len(points) / most) or 1
+    groups = [points[i : i + size] for i in range(0, len(points), size)]
+    return [(sum(x for x, _ in g) / len(g), sum(y for _, y in g) / len(g)) for g in groups], borders
+
+
+def _losses(methods: dict[str, Any], tasks: Sequence[str]) -> str:
+    drawn = {}
+    for i, (name, entry) in enumerate(methods.items()):
+        points, borders = _loss_line(entry["losses"]) if entry["losses"] else ([], [])
+        if points:
+            drawn[name] = Line(name, i, points), borders
+    if not drawn:
+        return ""
+    top = max(y for line, _ in drawn.values() for _, y in line.points)
+    charts = []
+    for name, (line, borders) in drawn.items():
+        end = max(line.points[-1][0], 1.0)
+        label = f"Training loss of {name}"
+        chart = line_chart(
+            [line],
+            label=label,
+            x_label="steps",
+            x_top=end,
+            y_top=top if top > 0 else 1.0,
+            dots=len(line.points) == 1,
+            marks=borders,
+        )
+        charts.append(f"<figure><h3>{escape(name)}</h3>{chart}</figure>")
+    return (
+        "<h2>Losses in training</h2>\n"
+        "<p>The training loss by step, one chart a method on one scale; dashed lines stand where the next task begins. "
+        "It jumps there because the new task is unknown, and should fall again. Long runs are averaged in groups of "
+        f'steps. A low loss says nothing about earlier tasks.</p>\n<div class="grid">{"".join(charts)}</div>'
+    )
+
+
+def _attention(methods: dict[str, Any]) -> str:
+    parts = []
+    for name, entry in methods.items():
+        found = entry["attention"]
+        if found is None:
+            continue
+        rows = [(task, _mean_rows(layers)) for task, layers in zip(found["tasks"], found["mean"], strict=True)]
+        shape = {"top": 1.0, "digits": 2}
+        overall = heat_map(f"{name}: mean over the layers", "input from ↓ adapter →", found["slots"], rows, **shape)
+        by_layer = [
+            heat_map(
+                f"Input from {task}",
+                "layer ↓ adapter →",
+                found["slots"],
+                list(zip(found["layers"], layers, strict=True)),
+                **shape,
+            )
+            for task, layers in zip(found["tasks"], found["mean"], strict=True)
+        ]
+        opened = " open" if len(found["layers"]) * len(found["tasks"]) <= 64 else ""
+        parts.append(
+            f"{overall}\n<details{opened}><summary>{escape(name)}: layer by layer</summary>"
+            f'<div class="flow">{"".join(by_layer)}</div></details>'
+        )
+    if not parts:
+        return ""
+    return (
+        "<h2>Attention to each adapter</h2>\n"
+        "<p>For inputs of one task (row), the mean attention to each adapter (column): 0 is none of it, 1 all of it. A "
+        "strong cell in a task's own column means that the method finds the right adapter without being told the task; "
+        "strong cells elsewhere mean that tasks share adapters, or are confused. The column none, where there is one, "
+        "is attention to no adapter: the base model as it was.</p>\n" + "\n".join(parts)
+    )
+
+
+def _mean_rows(layers: Sequence[Sequence[float | None]]) -> list[float | None]:
+    columns = [[value for value in column if value is not None] for column in zip(*layers, strict=True)]
+    return [sum(column) / len(column) if column else None for column in columns]
+
+
+def _settings(methods: dict[str, Any]) -> str:
+    parts = []
+    for name, entry in methods.items():
+        settings = {"seed": entry["seed"], **entry["settings"]} if "seed" in entry else entry["settings"]
+        rows = "".join(
+            f'<tr><th scope="row">{escape(key)}</th><td class="text">'
+            f"{escape(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))}</td></tr>"
+            for key, value in settings.items()
+        )
+        table = f'<div class="scroll"><table><tbody>{rows}</tbody></table></div>' if rows else "<p>None recorded.</p>"
+        parts.append(f"<details><summary>{escape(name)}</summary>{table}</details>")
+    return "<h2>Settings</h2>\n<p>What each method was run with.</p>\n" + "\n".join(parts)

@@ -193,11 +193,8 @@ def _from_folder(given: str) -> _Source:
     folder = Path(given)
     source = _Source(given, folder.resolve().name)
     if not folder.is_dir():
-        what = "is a file, not a folder" if folder.exists() else "there is no such folder"
-        source.problems.append(
-            f"{given}: {what} (a task is a folder with train.jsonl and test.jsonl, "
-            "NAME=TRAIN.jsonl,TEST.jsonl, or hub:ORG/NAME)"
-        )
+        forms = "a folder with train.jsonl and test.jsonl, NAME=TRAIN.jsonl,TEST.jsonl, or hub:ORG/NAME"
+        source.problems.append(f"{given}: there is no such folder (a task is {forms})")
         return source
     if (folder / "task.json").exists():
         _read_settings(folder / "task.json", source)
@@ -209,10 +206,8 @@ def _from_folder(given: str) -> _Source:
 def _from_files(given: str, name: str, files: str) -> _Source:
     source = _Source(given, name.strip())
     paths = files.split(",")
-    if not source.name:
-        source.problems.append(f"{given}: there is no name before the equals sign")
-    if len(paths) != 2 or not all(paths):
-        source.problems.append(f"{given}: expected NAME=TRAIN.jsonl,TEST.jsonl with exactly two files")
+    if not source.name or len(paths) != 2 or not all(paths):
+        source.problems.append(f"{given}: expected NAME=TRAIN.jsonl,TEST.jsonl: a name and exactly two files")
         return source
     for split, path in zip(_SPLITS, paths, strict=True):
         source.rows[split] = _read_jsonl(Path(path), source.problems)
@@ -222,11 +217,8 @@ def _from_files(given: str, name: str, files: str) -> _Source:
 def _read_settings(path: Path, source: _Source) -> None:
     try:
         settings = json.loads(path.read_text(encoding="utf-8-sig"))
-    except UnicodeDecodeError:
-        source.problems.append(f"{path}: not UTF-8")
-        return
-    except json.JSONDecodeError as error:
-        source.problems.append(f"{path}:{error.lineno}: not valid JSON: {error.msg} (column {error.colno})")
+    except (OSError, ValueError) as error:
+        source.problems.append(f"{path}: not valid JSON in UTF-8: {error}")
         return
     if not isinstance(settings, dict):
         source.problems.append(f"{path}: expected an object with any of {_quoted(_SETTINGS)}")
@@ -247,14 +239,14 @@ def _read_settings(path: Path, source: _Source) -> None:
 
 def _check_labels(path: Path, source: _Source) -> None:
     if source.labels is None:
-        return
-    texts = [_as_text(label) for label in source.labels] if isinstance(source.labels, list) else []
-    if not texts or not all(text.strip() for text in texts):
+        return  # null: free text
+    source.labels = [_as_text(label) for label in source.labels] if isinstance(source.labels, list) else []
+    bare = [label.strip() for label in source.labels]
+    if not bare or not all(bare):
         source.problems.append(f'{path}: "labels" must be a list of texts, or null for free text')
         source.labels_declared = False
-    elif repeated := sorted({text for text in texts if texts.count(text) > 1}):
+    elif repeated := sorted({label for label in bare if bare.count(label) > 1}):
         source.problems.append(f'{path}: "labels" repeats {_quoted(repeated)}')
-    source.labels = texts
 
 
 def _read_jsonl(path: Path, problems: list[str]) -> list[_Row]:
@@ -328,14 +320,13 @@ def _row(place: str, values: Any, problems: list[str]) -> _Row | None:
     if keys is None:
         problems.append(f"{place}: {_missing(values)}")
         return None
-    bad = []
+    found = len(problems)
     for key in keys:
         if values[key] is None or (isinstance(values[key], str) and not values[key].strip()):
-            bad.append(f'{place}: "{key}" is empty')
+            problems.append(f'{place}: "{key}" is empty')
         elif not (isinstance(values[key], str) or (key == "label" and _as_text(values[key]))):
-            bad.append(f'{place}: "{key}" must be a text, not {type(values[key]).__name__}')
-    problems += bad
-    if bad:
+            problems.append(f'{place}: "{key}" must be a text, not {type(values[key]).__name__}')
+    if len(problems) > found:
         return None
     question, answer = values[keys[0]], _as_text(values[keys[1]])
     if keys == _CLASSIFIED:

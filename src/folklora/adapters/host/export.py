@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig
+from peft.utils.save_and_load import get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -51,6 +52,7 @@ def export_lora(
             A, B = update.factors().to_lora()
             ranks[layer.name] = A.shape[0]
             tensors.update(_named(layer, A, B, dtype))
+        tensors.update(_saved_modules(model, adapter_name))
     config = _lora_config(model, adapter_name, ranks)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as temporary:
@@ -79,6 +81,15 @@ def _named(layer: nn.Module, A: Tensor, B: Tensor, dtype: torch.dtype | None) ->
     }
 
 
+def _saved_modules(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
+    state = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
+    return {
+        f"base_model.model.{key.removeprefix('base_model.model.')}": value.detach().cpu().contiguous()
+        for key, value in state.items()
+        if ".folklora_updates." not in key
+    }
+
+
 def _lora_config(model: nn.Module, adapter_name: str, ranks: dict[str, int]) -> LoraConfig:
     source = model.peft_config[adapter_name]
     common = max(ranks.values(), key=list(ranks.values()).count)
@@ -90,6 +101,7 @@ def _lora_config(model: nn.Module, adapter_name: str, ranks: dict[str, int]) -> 
         rank_pattern=others,
         alpha_pattern=dict(others),
         target_modules=sorted(ranks),
+        modules_to_save=source.modules_to_save,
         task_type=source.task_type,
         base_model_name_or_path=source.base_model_name_or_path,
         inference_mode=True,

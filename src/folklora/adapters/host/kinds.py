@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from folklora.factored import Factors, factored_linear, factored_update
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,8 @@ class Kind:
 
 class _Linear(Kind):
     def forward(self, base: nn.Module, x: Tensor, factors: Factors) -> Tensor:
-        # a subclass (quantised) or a hook would be bypassed by reading the weight here
-        if type(base) is nn.Linear and not base._forward_hooks and not base._forward_pre_hooks:
+        # a subclass (quantised), a hook or a forward put in its place (offloading) would be bypassed here
+        if type(base) is nn.Linear and "forward" not in vars(base) and not any(getattr(base, key) for key in _HOOKS):
             return factored_linear(x, base.weight, base.bias, factors)
         return super().forward(base, x, factors)
 

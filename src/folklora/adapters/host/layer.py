@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
@@ -16,6 +18,10 @@ from folklora.adapters.host.kinds import is_quantised, kind_of
 from folklora.factored import Factors, concatenate
 
 SAMPLES = 32
+# values that went through bfloat16 once differ by at most half a unit in the last of its 8 bits; those that went
+# through float16 may besides have lost half of its smallest number
+_SAME, _SMALLEST = 2.0**-7, 2.0**-24
+_QUANTISED_COSINE = 0.9
 LIVE_LAYERS: weakref.WeakSet[FolkloraLayer] = weakref.WeakSet()
 
 
@@ -86,8 +92,10 @@ class FolkloraLayer(nn.Module, BaseTunerLayer):
             self.waiting.add(adapter_name)
         else:
             update = config.update(self.kind.matrix(base))
-        update.base_sample = nn.Parameter(self.sample_base(), requires_grad=False)
-        self.folklora_updates[adapter_name] = update.to(base.weight.device)
+        sample = self.sample_base()
+        update.base_sample = nn.Parameter(sample.fill_(math.nan) if waiting else sample, requires_grad=False)
+        self.folklora_updates[adapter_name] = update
+        self._move_adapter_to_device_of_base_layer(adapter_name)
         self.dropouts[adapter_name] = config.dropout
         self.reductions[adapter_name] = config.penalty_reduction
         update.requires_grad_(trainable)
@@ -100,15 +108,27 @@ class FolkloraLayer(nn.Module, BaseTunerLayer):
         step = max(1, flat.numel() // SAMPLES)
         return flat[::step][:SAMPLES].float().clone()
 
+    def fits_base(self, sample: Tensor) -> bool:
+        """Whether a saved sample is of this base, up to one rounding (on a quantised layer: points the same way)."""
+        base = self.get_base_layer()
+        if base.weight.device.type == "meta":
+            return True
+        own, sample = self.sample_base().cpu(), sample.detach().float().cpu()
+        if is_quantised(base):
+            return bool(F.cosine_similarity(own, sample, dim=0) > _QUANTISED_COSINE)
+        return torch.allclose(own, sample, rtol=_SAME, atol=_SMALLEST)
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base layer's output plus every active update's."""
+        if self._disable_adapters:
+            self.unmerge()
         if self._disable_adapters or self.merged_adapters:
             return self.base_layer(x, *args, **kwargs)
         names = self._names_in_use()
         if not names:
             return self.base_layer(x, *args, **kwargs)
         if self.waiting.intersection(names):
-            raise RuntimeError(self._still_waiting())
+            self._admit_loaded(names)
         dropped = [name for name in names if self.training and self.dropouts[name] > 0]
         if dropped:
             return self._forward_with_dropout(x, names)
@@ -151,10 +171,16 @@ class FolkloraLayer(nn.Module, BaseTunerLayer):
         rows = self.context.rows
         if rows is None:
             return None
+        if x.shape[0] % len(rows):
+            raise ValueError(
+                f"adapter_names has {len(rows)} entries, and the batch of {x.shape[0]} rows that layer '{self.name}' "
+                "sees is no multiple of that"
+            )
         dtype = x.dtype if x.is_floating_point() else self.base_layer.weight.dtype
         gate = torch.tensor([row == name for row in rows], device=x.device).to(dtype)
-        extra = x.dim() - (1 if x.is_floating_point() else 0)
-        return gate.view(-1, *([1] * (max(extra, 2) - 1)))
+        # beams, and tokens that a router flattened, stand in equal runs of their row
+        gate = gate.repeat_interleave(x.shape[0] // len(rows))
+        return gate.view(-1, *([1] * (x.dim() - 1 if x.is_floating_point() else x.dim())))
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Replace the weight by W + ΔW in a new tensor; the base's own tensor is kept aside untouched.
@@ -217,6 +243,12 @@ class FolkloraLayer(nn.Module, BaseTunerLayer):
         """Whether an active update looks at other positions, so that no cache may be used."""
         return any(self.folklora_updates[name].needs_full_sequence for name in self._names_in_use())
 
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        # PEFT's own would also cast the float32 masters to the base's dtype
+        update = self.folklora_updates[adapter_name]
+        if not any(parameter.is_meta for parameter in update.parameters()):
+            update.to(self.get_base_layer().weight.device if device is None else device)
+
     def _freeze_non_trainable_peft_weights(self, adapter_names: str | list[str] | None = None) -> None:
         wanted = [adapter_names] if isinstance(adapter_names, str) else adapter_names
         for name, update in self.folklora_updates.items():
@@ -227,12 +259,16 @@ class FolkloraLayer(nn.Module, BaseTunerLayer):
                 if key in frozen:
                     parameter.requires_grad_(False)
 
-    def _still_waiting(self) -> str:
-        names = ", ".join(sorted(self.waiting))
-        return (
-            f"adapter {names} on layer '{self.name}' was made from a saved configuration and its values were never "
-            "loaded; load them with PeftModel.from_pretrained, or start anew from dataclasses.replace(config)"
-        )
+    def _admit_loaded(self, names: list[str]) -> None:
+        # values may have come in by a way that does not pass check_saved_values
+        for name in self.waiting.intersection(names):
+            if not self.fits_base(self.folklora_updates[name].base_sample):
+                raise RuntimeError(
+                    f"adapter {name} on layer '{self.name}' was made from a saved configuration, and its values were "
+                    "never loaded or were made for another base model's weights; load them with "
+                    "PeftModel.from_pretrained, or start anew from dataclasses.replace(config)"
+                )
+            self.waiting.discard(name)
 
     def extra_repr(self) -> str:
         """Which adapters the layer carries."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,10 +16,11 @@ from peft.mapping import (
 )
 from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers, check_target_module_exists
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from folklora.adapters.base import PEFT_TYPE, AdapterConfig
-from folklora.adapters.host.kinds import kind_of
+from folklora.adapters.host.kinds import LINEAR, TRANSPOSED, kind_of
 from folklora.adapters.host.layer import CallContext, FolkloraLayer, layers_of
 from folklora.adapters.host.saved import check_saved_values
 
@@ -38,8 +41,7 @@ class FolkloraModel(BaseTuner):
         """Add the adapter's layers, after checking every target, so that nothing is changed where one is wrong.
 
         Raises:
-            ValueError: No layer matches, or options do not fit a layer; every problem is named.
-            TypeError: A target is of a kind that cannot be adapted.
+            ValueError: No layer matches, a target cannot be adapted or options do not fit it; every problem is named.
         """
         self._check_targets(model, self.peft_config[adapter_name])
         super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -76,7 +78,8 @@ class FolkloraModel(BaseTuner):
 
     def _check_targets(self, model: nn.Module, config: AdapterConfig) -> None:
         config = self._prepare_adapter_config(config, self.get_model_config(model))
-        config = _maybe_include_all_linear_layers(config, model)
+        if isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
+            config.target_modules = _all_linear(config, model)
         problems: list[str] = []
         matched = 0
         inside = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, FolkloraLayer))
@@ -93,7 +96,10 @@ class FolkloraModel(BaseTuner):
     @staticmethod
     def _problems(config: AdapterConfig, name: str, module: nn.Module) -> list[str]:
         base = module.get_base_layer() if isinstance(module, FolkloraLayer) else module
-        kind = kind_of(base, name)
+        try:
+            kind = kind_of(base, name)
+        except TypeError as error:
+            return [str(error)]
         if kind.name not in config.layer_kinds:
             kinds = ", ".join(sorted(config.layer_kinds))
             return [f"{config.method} adapts {kinds} layers; '{name}' is a {type(base).__name__}"]
@@ -110,6 +116,13 @@ class FolkloraModel(BaseTuner):
             config.target_modules = known if isinstance(known, str) else sorted(known)
         return config
 
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+        model = super()._unload_and_optionally_merge(*args, **kwargs)
+        for key, hook in list(model._forward_pre_hooks.items()):
+            if isinstance(hook, _MaskReader):
+                del model._forward_pre_hooks[key], model._forward_pre_hooks_with_kwargs[key]
+        return model
+
     def _check_merge_allowed(self) -> None:
         embedding, head = _tied_pair(self.model)
         if embedding is not None and any(isinstance(part, FolkloraLayer) for part in (embedding, head)):
@@ -125,15 +138,40 @@ class FolkloraModel(BaseTuner):
         if rows is None or layer is None:
             yield
             return
-        unknown = sorted(set(rows) - set(self.peft_config) - {"__base__"})
-        if unknown:
-            raise ValueError(f"no adapter {', '.join(unknown)}; there are {', '.join(self.peft_config)} and __base__")
-        beams = kwargs.get("num_beams") or 1
-        layer.context.rows = [row for row in rows for _ in range(beams)]
+        self._check_rows(rows)
+        layer.context.rows = list(rows)
+        handles = [
+            module.register_forward_pre_hook(partial(_name_rows, rows=list(rows)), with_kwargs=True)
+            for module in self.modules()
+            if isinstance(module, AuxiliaryTrainingWrapper)
+        ]
         try:
             yield
         finally:
             layer.context.rows = None
+            for handle in handles:
+                handle.remove()
+
+    def _check_rows(self, rows: list[str]) -> None:
+        unknown = sorted(set(rows) - set(self.peft_config) - {"__base__"})
+        if unknown:
+            raise ValueError(f"no adapter {', '.join(unknown)}; there are {', '.join(self.peft_config)} and __base__")
+        merged = sorted({name for layer in layers_of(self.model) for name in layer.merged_adapters})
+        if merged:
+            raise ValueError(
+                f"adapter_names cannot be used while {', '.join(merged)} is merged: call unmerge_adapter()"
+            )
+        if self.training and any(getattr(module, "gradient_checkpointing", False) for module in self.modules()):
+            raise ValueError("adapter_names cannot be used in training with gradient checkpointing: switch that off")
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls, model: nn.Module, config: AdapterConfig, adapter_name: str, state_dict: dict[str, Tensor], **options: Any
+    ) -> dict[str, Tensor]:
+        kept = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, **options)
+        # PEFT leaves out what is named like another adapter: an adapter "B" would cost all others their B
+        marker = f".folklora_updates.{adapter_name}."
+        return {**{key: value.detach() for key, value in model.named_parameters() if marker in key}, **kept}
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
@@ -151,6 +189,10 @@ class FolkloraModel(BaseTuner):
         renamed = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         check_saved_values(model, adapter_name, renamed)
         return renamed
+
+
+def _name_rows(module: nn.Module, args: tuple, kwargs: dict, rows: list[str]) -> tuple[tuple, dict]:
+    return args, {**kwargs, "adapter_names": rows}
 
 
 class _MaskReader:
@@ -177,6 +219,19 @@ def _tied_pair(model: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
     if embedding is None or head is None or getattr(embedding, "weight", None) is not getattr(head, "weight", 0):
         return None, None
     return embedding, head
+
+
+def _all_linear(config: AdapterConfig, model: nn.Module) -> list[str]:
+    chosen = set(_maybe_include_all_linear_layers(replace(config), model).target_modules)
+    try:
+        head = model.get_output_embeddings()
+    except (AttributeError, NotImplementedError):
+        head = None
+    # PEFT knows a layer that is adapted already only by a class name with "Linear" in it
+    for name, module in model.named_modules():
+        if isinstance(module, FolkloraLayer) and module is not head and module.kind in (LINEAR, TRANSPOSED):
+            chosen.add(name)
+    return sorted(chosen)
 
 
 def _nothing_matched(config: AdapterConfig, model: nn.Module) -> str:

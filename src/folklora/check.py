@@ -1,0 +1,355 @@
+"""The battery that every adapter method passes on a tiny Llama; public, for whoever writes a method.
+
+    folklora.check_method(MyMethod)            # or an instance, or options: check_method(MyMethod, r=2)
+
+Each check is a function of a configuration that raises AssertionError in words. What a method cannot do is an entry
+of `EXCEPTIONS`, and an entry that is out of date is a failure too.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import pickle
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from peft import PeftModel
+
+from folklora import tiny
+from folklora.adapters.base import AdapterConfig
+from folklora.adapters.host.export import export_lora
+from folklora.adapters.host.layer import layers_of
+from folklora.adapters.kasa import KaSA
+from folklora.adapters.lora import LoRA
+
+_BOTH = ["default", "other"]
+
+EXCEPTIONS: dict[tuple[str, str], str] = {
+    ("am-lora", "merge"): "its attention reads each layer's input, so no single weight equals it",
+    ("am-lora", "unmerge"): "its attention reads each layer's input, so no single weight equals it",
+    ("am-lora", "export"): "its attention reads each layer's input, and a LoRA is the same for every input",
+}
+"""(method, check) -> why the method cannot pass it; the check must then fail."""
+
+
+class ConformanceError(AssertionError):
+    """A method failed checks; the message names each in words."""
+
+
+class NotHereError(Exception):
+    """A check cannot run on this machine; the message says why."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of one check.
+
+    Args:
+        method: The method's name.
+        check: The check's name.
+        outcome: "excepted" is a failure that `EXCEPTIONS` foresees; "skipped" could not run on this machine.
+        message: Why, where it did not pass.
+    """
+
+    method: str
+    check: str
+    outcome: Literal["passed", "excepted", "skipped", "failed"]
+    message: str = ""
+
+
+def check_method(config: AdapterConfig | type[AdapterConfig], **options: Any) -> list[Result]:
+    """Run every check on a method.
+
+    Args:
+        config: A configuration, or its class: then rank 4 on three layers of each block unless `options` say else.
+        **options: Options of the class, or changes to the configuration.
+
+    Returns:
+        One result a check, none of them "failed".
+
+    Raises:
+        ConformanceError: With every failed check and every exception that is out of date.
+    """
+    own = _configuration(config, options)
+    results = [run_check(own, name) for name in CHECKS]
+    failed = [result for result in results if result.outcome == "failed"]
+    if failed:
+        lines = [f"  {result.check}: {result.message}" for result in failed]
+        raise ConformanceError("\n".join([f"{own.method} fails {len(failed)} of {len(results)} checks:", *lines]))
+    return results
+
+
+def run_check(config: AdapterConfig | type[AdapterConfig], name: str) -> Result:
+    """Run one check of `CHECKS` on a method, never raising for what the method does wrong."""
+    config = _configuration(config, {})
+    reason = EXCEPTIONS.get((config.method, name))
+    try:
+        CHECKS[name](config)
+    except NotHereError as error:
+        return Result(config.method, name, "skipped", str(error))
+    except Exception as error:
+        message = str(error) if isinstance(error, AssertionError) else f"{type(error).__name__}: {error}"
+        return Result(config.method, name, "excepted" if reason else "failed", reason or message)
+    if reason:
+        return Result(config.method, name, "failed", f"passes, so the exception '{reason}' is out of date")
+    return Result(config.method, name, "passed")
+
+
+def check_start(config: AdapterConfig) -> None:
+    """Before training, the model computes what its weights plus ΔW compute (for a gated update: what the base does)."""
+    model = tiny.adapted(config, dtype=torch.float64).eval()
+    expected = tiny.logits(tiny.with_updates(model, tiny.llama(dtype=torch.float64)))
+    tiny.close(tiny.logits(model), expected, 1e-6, "the logits at the start and those of W + ΔW")
+
+
+def check_merge(config: AdapterConfig) -> None:
+    """Merged weights compute what the adapter computed."""
+    model = tiny.trained(config)
+    before = tiny.logits(model)
+    model.merge_adapter(safe_merge=True)
+    tiny.close(tiny.logits(model), before, 1e-5, "the logits merged and unmerged")
+    with model.disable_adapter():
+        tiny.same(tiny.logits(model), tiny.logits(tiny.llama()), "the logits merged, with the adapter disabled")
+    merged = tiny.trained(config).merge_and_unload()
+    tiny.close(tiny.logits(merged), before, 1e-5, "the logits of merge_and_unload and before")
+
+
+def check_unmerge(config: AdapterConfig) -> None:
+    """Unmerging gives back the base's weights and the adapter's output bit for bit."""
+    model = tiny.trained(config)
+    before = tiny.logits(model)
+    model.merge_adapter()
+    model.unmerge_adapter()
+    for name, value in tiny.base_parameters(model).items():
+        tiny.same(value, tiny.llama().state_dict()[name], f"the base's {name} after unmerging")
+    tiny.same(tiny.logits(model), before, "the logits after unmerging")
+
+
+def check_frozen(config: AdapterConfig) -> None:
+    """AdamW with weight decay on all parameters changes neither the base nor what the method declares frozen."""
+    model = tiny.adapted(config)
+    start = {name: value.detach().clone() for name, value in model.named_parameters()}
+    tiny.train(model, list(model.parameters()))
+    base = {id(value) for value in tiny.base_parameters(model).values()}
+    for name, value in model.named_parameters():
+        if id(value) in base or not value.requires_grad:
+            tiny.require(value.grad is None, f"{name} is frozen and got a gradient")
+            tiny.same(value, start[name], f"{name}, which is frozen")
+    moved = [name for name, value in model.named_parameters() if not torch.equal(value, start[name])]
+    tiny.require(moved, "three optimizer steps changed nothing")
+
+
+def check_save(config: AdapterConfig) -> None:
+    """A saved adapter loads onto a fresh base with the same logits, and nothing is decomposed while loading."""
+    model = tiny.trained(config)
+    with tempfile.TemporaryDirectory() as folder, tiny.NoDecomposition():
+        model.save_pretrained(folder)
+        for options in ({}, {"low_cpu_mem_usage": True}, {"adapter_name": "other"}):
+            loaded = PeftModel.from_pretrained(tiny.llama(), folder, **options)
+            tiny.same(tiny.logits(loaded), tiny.logits(model), f"the logits loaded with {options or 'no options'}")
+
+
+def check_trainable_count(config: AdapterConfig) -> None:
+    """As many parameters are trained as `trainable_count` says."""
+    model = tiny.adapted(config)
+    expected = 0
+    for layer in layers_of(model):
+        own = config.for_module(layer.name)
+        expected += own.trainable_count(layer.kind.shape(layer.get_base_layer()))
+    found, _ = model.get_nb_trainable_parameters()
+    tiny.require(found == expected, f"{found} parameters are trained, trainable_count says {expected}")
+
+
+def check_bfloat16(config: AdapterConfig) -> None:
+    """Over a bfloat16 base, loss and gradients are finite and the trained parameters float32."""
+    _check_half(config, torch.bfloat16)
+
+
+def check_float16(config: AdapterConfig) -> None:
+    """Over a float16 base, loss and gradients are finite and the trained parameters float32."""
+    _check_half(config, torch.float16)
+
+
+def check_checkpointing(config: AdapterConfig) -> None:
+    """Gradient checkpointing gives the same gradients."""
+    gradients = []
+    for checkpointing in (False, True):
+        model = tiny.moved(tiny.adapted(config)).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        torch.manual_seed(7)
+        tiny.loss(model).backward()
+        gradients.append(tiny.gradients(model))
+    for name, expected in gradients[0].items():
+        tiny.close(gradients[1][name], expected, 1e-6, f"the gradients of {name} with and without checkpointing")
+
+
+def check_compile(config: AdapterConfig) -> None:
+    """torch.compile takes the model whole, forward and backward, and changes nothing."""
+    model = tiny.moved(tiny.adapted(config, layers=1)).eval()
+    expected = tiny.loss(model)
+    expected.backward()
+    gradients = tiny.gradients(model)
+    model.zero_grad()
+    torch.compiler.reset()
+    loss = tiny.loss(model, torch.compile(model, backend="aot_eager", fullgraph=True))
+    loss.backward()
+    tiny.close(loss, expected, 1e-6, "the compiled loss and the eager one")
+    for name, value in tiny.gradients(model).items():
+        tiny.close(value, gradients[name], 1e-5, f"the compiled gradient of {name} and the eager one")
+
+
+def check_mixing(config: AdapterConfig) -> None:
+    """Two methods active at once add up layer by layer; each alone is as if the other were not there."""
+    model = tiny.trained(config)
+    alone = tiny.logits(model)
+    model.add_adapter("other", _another(config))
+    tiny.same(tiny.logits(model), alone, "the logits after a second method was added beside the active one")
+    tiny.moved(model, "other")
+    torch.manual_seed(3)
+    for layer in layers_of(model):
+        x = torch.randn(2, 5, layer.kind.shape(layer.get_base_layer())[1])
+        base, one, two, both = (tiny.layer_output(layer, names, x) for names in ([], ["default"], ["other"], _BOTH))
+        tiny.close(one + two - base, both, 1e-5, f"the sum of two updates and both at once on {layer.name}")
+    model.set_adapter("default")
+    tiny.same(tiny.logits(model), alone, "the logits after switching to the other method and back")
+
+
+def check_rows(config: AdapterConfig) -> None:
+    """A batch whose rows have their own adapters equals the rows' separate passes."""
+    model = tiny.trained(config)
+    model.add_adapter("other", _another(config))
+    tiny.moved(model, "other").eval()
+    rows = ["default", "other", "__base__", "default"]
+    with torch.no_grad():
+        mixed = model(**tiny.batch(), adapter_names=rows).logits
+        with model.disable_adapter():
+            separate = {"__base__": model(**tiny.batch()).logits}
+        for name in _BOTH:
+            model.set_adapter(name)
+            separate[name] = model(**tiny.batch()).logits
+    expected = torch.stack([separate[name][row] for row, name in enumerate(rows)])
+    tiny.close(mixed, expected, 1e-5, "the logits of a mixed batch and of separate passes")
+
+
+def check_export(config: AdapterConfig) -> None:
+    """Exported as a LoRA, stock PEFT computes the same logits."""
+    model = tiny.trained(config)
+    with tempfile.TemporaryDirectory() as folder:
+        export_lora(model, f"{folder}/lora")
+        stock = PeftModel.from_pretrained(tiny.llama(), f"{folder}/lora")
+        tiny.require(not list(layers_of(stock)), "the export is no plain LoRA")
+        tiny.close(tiny.logits(stock), tiny.logits(model), 1e-5, "the logits of the exported LoRA and of the adapter")
+
+
+def check_accumulation(config: AdapterConfig) -> None:
+    """The penalty's gradient enters once a step: the same for 1 x 4 and 4 x 1 rows, in transformers' own Trainer."""
+    expected = tiny.penalty_gradients(tiny.precise(config))
+    if not expected:
+        return
+    for accumulation in (1, 4):
+        with_penalty = tiny.trainer_step(config, accumulation, penalised=True)
+        without = tiny.trainer_step(config, accumulation, penalised=False)
+        for name, gradient in expected.items():
+            what = f"the penalty's gradient of {name} in a step of {accumulation} micro-batches and its formula"
+            tiny.close(without[name] - with_penalty[name], gradient, 1e-6 * float(gradient.abs().max()), what)
+
+
+def check_copies(config: AdapterConfig) -> None:
+    """Deep copies and pickles of a model in training compute the same, and are regularised on their own."""
+    model = tiny.adapted(config)
+    tiny.train(model)
+    for how, twin in (("deepcopy", copy.deepcopy(model)), ("pickle", pickle.loads(pickle.dumps(model)))):
+        tiny.same(tiny.logits(twin), tiny.logits(model), f"the logits of the model's {how}")
+        original = copy.deepcopy(model.state_dict())
+        before = {name: value.detach().clone() for name, value in twin.named_parameters()}
+        gradients = tiny.penalty_gradients(twin)
+        twin.zero_grad()
+        torch.optim.SGD(twin.parameters(), lr=1.0).step()
+        for name, value in twin.named_parameters():
+            expected = before[name] - gradients.get(name, torch.zeros(()))
+            tiny.close(value.detach(), expected, 1e-6, f"a penalised step on {name} of the {how} and its formula")
+        for name, value in model.state_dict().items():
+            tiny.same(value, original[name], f"the original's {name} after a step on its {how}")
+
+
+def check_disable(config: AdapterConfig) -> None:
+    """Disabled, the adapter leaves the base's logits bit for bit; enabled, it changes them."""
+    model, base = tiny.trained(config), tiny.logits(tiny.llama())
+    tiny.require(not torch.allclose(tiny.logits(model), base), "after training the model computes what its base does")
+    with model.disable_adapter():
+        tiny.same(tiny.logits(model), base, "the logits with the adapter disabled")
+    tiny.same(tiny.logits(model.unload()), base, "the logits after unload")
+
+
+def check_determinism(config: AdapterConfig) -> None:
+    """In evaluation two passes are equal bit for bit, and a seed makes the start reproducible."""
+    model = tiny.trained(config)
+    tiny.same(tiny.logits(model), tiny.logits(model), "the logits of a second pass")
+    twin = tiny.adapted(config).state_dict()
+    for name, value in tiny.adapted(config).state_dict().items():
+        tiny.same(value, twin[name], f"{name} of a second model from the same seed")
+
+
+CHECKS: dict[str, Callable[[AdapterConfig], None]] = {
+    check.__name__.removeprefix("check_"): check
+    for check in (
+        check_start,
+        check_merge,
+        check_unmerge,
+        check_frozen,
+        check_save,
+        check_trainable_count,
+        check_bfloat16,
+        check_float16,
+        check_checkpointing,
+        check_compile,
+        check_mixing,
+        check_rows,
+        check_export,
+        check_accumulation,
+        check_copies,
+        check_disable,
+        check_determinism,
+    )
+}
+"""Every check by its name."""
+
+
+def _configuration(config: AdapterConfig | type[AdapterConfig], options: dict[str, Any]) -> AdapterConfig:
+    if not isinstance(config, type):
+        config = dataclasses.replace(config, **options) if options else copy.deepcopy(config)
+    else:
+        known = {field.name for field in dataclasses.fields(config)}
+        config = config(**{"r": 4, **options} if "r" in known else options)
+    if config.target_modules is None:
+        config.target_modules = list(tiny.TARGETS)
+    return config
+
+
+def _another(config: AdapterConfig) -> AdapterConfig:
+    chosen = KaSA if config.method == LoRA.method else LoRA
+    return chosen(r=3, target_modules=["q_proj", "up_proj"])
+
+
+def _check_half(config: AdapterConfig, dtype: torch.dtype) -> None:
+    model = tiny.moved(tiny.adapted(config, dtype=dtype)).train()
+    torch.manual_seed(7)
+    try:
+        loss = tiny.loss(model)
+        loss.backward()
+    except RuntimeError as error:
+        if "not implemented for" in str(error):
+            raise NotHereError(f"this PyTorch has no {dtype} here: {error}") from error
+        raise
+    tiny.require(torch.isfinite(loss), f"the loss over a {dtype} base is {loss}")
+    found = tiny.gradients(model)
+    for name, value in model.named_parameters():
+        if value.requires_grad:
+            tiny.require(value.dtype == torch.float32, f"{name} is trained in {value.dtype}, not float32")
+            tiny.require(name in found, f"{name} is trained and got no gradient")
+            tiny.require(torch.isfinite(found[name]).all(), f"the gradient of {name} is not finite")

@@ -1,0 +1,109 @@
+"""What a continual-learning method is: how it prepares for a task, what it trains on, how it answers afterwards."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from peft import PeftConfig, PeftModel, TaskType, get_peft_model
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from folklora.adapters import LoRA
+from folklora.stream.tasks import Example, Task
+
+
+@dataclass
+class ContinualMethod:
+    """A way of learning a stream of tasks over any adapter method.
+
+    The stream calls, for each task: `prepare`, training on `examples` with `penalty` in the loss, `finish`; and
+    `route` before each evaluation. A method overrides what it does differently; the base class trains one adapter on
+    and on.
+
+    Args:
+        adapter: Options of the adapter that is trained, any `peft.PeftConfig`.
+    """
+
+    adapter: PeftConfig = field(default_factory=LoRA)
+
+    method: ClassVar[str] = ""
+    paper: ClassVar[str] = ""
+    trains: ClassVar[str] = ""
+    knows_task: ClassVar[bool] = False
+    """Whether `route` uses the task's identity, which the other methods do not see."""
+    joint: ClassVar[bool] = False
+    """Whether all tasks are learnt in one stage."""
+
+    def start(self, model: PreTrainedModel, adapter_name: str = "default") -> PeftModel:
+        """Put the first adapter on the base model."""
+        config = copy.deepcopy(self.adapter)
+        if config.task_type is None:
+            encoder_decoder = bool(model.config.is_encoder_decoder)
+            config.task_type = TaskType.SEQ_2_SEQ_LM if encoder_decoder else TaskType.CAUSAL_LM
+        return get_peft_model(model, config, adapter_name=adapter_name)
+
+    def prepare(self, model: PeftModel, index: int) -> None:
+        """Make the model ready to learn task number `index` (from 0); called before its training."""
+
+    def examples(self, tasks: Sequence[Task], index: int, seed: int) -> list[Example]:
+        """What to train on for task number `index`.
+
+        Args:
+            tasks: The whole stream; a method may look back, and never ahead unless it is `joint`.
+            index: The task that is learnt now.
+            seed: Of the run; whatever is drawn depends on it and on the task alone.
+        """
+        return list(tasks[index].train)
+
+    def penalty(self, model: PeftModel) -> Tensor | None:
+        """What is added to the loss of every micro-batch beside the adapters' own penalties."""
+        return None
+
+    def finish(self, model: PeftModel, index: int) -> dict[str, Tensor]:
+        """What is carried on to the later tasks beside the adapters; called after the training of task `index`."""
+        return {}
+
+    def resume(self, model: PeftModel, index: int, carried: dict[str, Tensor]) -> None:
+        """Put the model, with its adapters loaded, into its state after task `index` was finished."""
+
+    def route(self, model: PeftModel, task: int, trained: int) -> None:
+        """Set the model to answer task number `task`, after `trained` tasks were learnt."""
+
+    def observe(
+        self, model: PeftModel, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[Task]
+    ) -> dict[str, Any] | None:
+        """What the report shows of the method's inner choices; None where there are none."""
+        return None
+
+
+@dataclass
+class AdapterPerTask(ContinualMethod):
+    """Shared by the methods that add an adapter for each task; adapters are named task_0, task_1, ..."""
+
+    def start(self, model: PreTrainedModel, adapter_name: str = "task_0") -> PeftModel:
+        """Put the first task's adapter on the base model."""
+        return super().start(model, adapter_name)
+
+    def prepare(self, model: PeftModel, index: int) -> None:
+        """Add the task's adapter; only it is trained."""
+        name = f"task_{index}"
+        if name not in model.peft_config:
+            config = copy.deepcopy(self.adapter)
+            config.task_type = next(iter(model.peft_config.values())).task_type
+            model.add_adapter(name, config)
+        self.activate(model, index)
+        others = [other for other in model.peft_config if other != name]
+        model.set_requires_grad(others, requires_grad=False)
+        model.set_requires_grad(name, requires_grad=True)
+
+    def resume(self, model: PeftModel, index: int, carried: dict[str, Tensor]) -> None:
+        """Nothing of the past is trained again."""
+        self.activate(model, index)
+        model.set_requires_grad(list(model.peft_config), requires_grad=False)
+
+    def activate(self, model: PeftModel, index: int) -> None:
+        """Choose the adapters that take part while task `index` is learnt."""
+        raise NotImplementedError

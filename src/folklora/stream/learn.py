@@ -1,0 +1,371 @@
+"""The main job: teach a model a stream of tasks, measuring after each what it knows of all of them."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import platform
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object, set_seed
+from peft import PeftModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+import folklora
+from folklora.adapters.host.layer import layers_of
+from folklora.continual.base import ContinualMethod
+from folklora.stream import metrics
+from folklora.stream.evaluate import evaluate
+from folklora.stream.files import write_json
+from folklora.stream.options import build_method, describe, split_options
+from folklora.stream.run import Run, create_run
+from folklora.stream.tasks import Task, hold_out, load_tasks
+from folklora.stream.train import TrainSettings, train_task
+
+Progress = Callable[..., None]
+
+
+def learn(
+    model: str | Path | PreTrainedModel,
+    tasks: Sequence[str | Path | Task],
+    method: str | ContinualMethod | Sequence[str | ContinualMethod] = "am-lora",
+    *,
+    out: str | Path,
+    options: dict[str, Any] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    prompt: str = "{text}\nAnswer:",
+    metric: str = "auto",
+    validation: float = 0.0,
+    seed: int = 0,
+    resume: bool = False,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> Run:
+    """Teach a model tasks one after another, and measure after each how well it does on every task.
+
+    After task i the model is scored on each task j, seen or not yet: R[i][j], in percent. Average accuracy, backward
+    and forward transfer and forgetting follow from R (`folklora.stream.metrics`).
+
+    Args:
+        model: A folder or hub name, or a loaded model (then give its tokenizer).
+        tasks: Folders, `NAME=TRAIN.jsonl,TEST.jsonl`, `hub:ORG/NAME`, or `Task` objects, in their order.
+        method: One method's name or object, or several, each of which learns the whole stream from the same base.
+        out: The run directory to write.
+        options: Settings by name: of training (`learning_rate`), of the method (`memory`) or of its adapter (`r`).
+        tokenizer: Taken from the model's folder if not given.
+        prompt: Template for tasks of text and label.
+        metric: "rank" labels by likelihood, "exact" match of greedy generation, or "auto" by the task.
+        validation: Share of each task's training examples to hold out and score on, in place of its test examples.
+        seed: Of everything drawn.
+        resume: Go on with the run in `out`; it gives the results that it would have given uninterrupted.
+        overwrite: Replace a run in `out`.
+        trust_remote_code: Let a model's own code from its folder or hub page run.
+        progress: Called with what happens, as keyword arguments; see `folklora.cli`.
+
+    Returns:
+        The run, with results.json and report.html written.
+
+    Raises:
+        TaskError: Something is wrong with the tasks; every problem is named.
+        RunError: `out` cannot be used.
+        ValueError: An option or method is unknown or does not fit the model.
+    """
+    chosen = [method] if isinstance(method, (str, ContinualMethod)) else list(method)
+    settings, own = split_options(chosen, options or {})
+    methods = [build_method(m, own) for m in chosen]
+    stream = _load_stream(tasks, prompt, validation, seed)
+    settings.micro_batch(PartialState().num_processes)
+    base = _load_model(model, settings, trust_remote_code)
+    reader = tokenizer or _load_tokenizer(model, base, trust_remote_code)
+    _check_fit(methods, base)
+    request = _request(model, stream, methods, settings, metric, validation, seed)
+    run = create_run(out, request, resume=resume, overwrite=overwrite)
+    course = _Course(run, stream, settings, metric, seed, reader, progress or _silent)
+    results = {key: request[key] for key in ("folklora", "model", "tasks", "metric", "seed", "machine")}
+    results["methods"] = {}
+    for one in methods:
+        results["methods"][one.method] = _Lesson(course, one, base).learn()
+    if PartialState().is_main_process:
+        write_json(run.path / "results.json", results)
+        _report(run)
+    PartialState().wait_for_everyone()
+    return run
+
+
+@dataclass(frozen=True)
+class _Course:
+    """What all methods of a run share."""
+
+    run: Run
+    tasks: list[Task]
+    settings: TrainSettings
+    metric: str
+    seed: int
+    tokenizer: PreTrainedTokenizerBase
+    tell: Progress
+
+
+class _Lesson:
+    """One method learning the stream."""
+
+    def __init__(self, course: _Course, method: ContinualMethod, base: PreTrainedModel) -> None:
+        self.course, self.method, self.base = course, method, base
+        self.stages = 1 if method.joint else len(course.tasks)
+        self.states = course.run.states(method.method)
+
+    def learn(self) -> dict[str, Any]:
+        """Learn what is not learnt yet; the method's entry of results.json."""
+        run, name = self.course.run, self.method.method
+        done = len(self.states)
+        self.base.to(PartialState().device)
+        if done == self.stages:
+            return self._entry()
+        self.course.tell(event="method", method=name, stages=self.stages, done=done)
+        if done:
+            model, carried = run.load_adapters(name, self.base)
+            self.method.resume(model, done - 1, carried)
+        else:
+            set_seed(self.course.seed)
+            model = self.method.start(self.base)
+        model.to(PartialState().device)
+        try:
+            for index in range(done, self.stages):
+                self._stage(model, index)
+        finally:
+            self.method.route(model, 0, self.stages)
+            model.base_model.enable_adapter_layers()
+            self.base = model.unload()
+        return self._entry()
+
+    def _stage(self, model: PeftModel, index: int) -> None:
+        course, began = self.course, time.perf_counter()
+        start = self.states[0]["start"] if self.states else self._start(model)
+        seed = course.seed * 1000 + index
+        set_seed(seed)
+        self.method.prepare(model, index)
+        trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        examples = self.method.examples(course.tasks, index, course.seed)
+        name = "all tasks" if self.method.joint else course.tasks[index].name
+        course.tell(event="train", method=self.method.method, task=name, index=index, examples=len(examples))
+        losses = train_task(
+            model,
+            course.tokenizer,
+            self.method,
+            examples,
+            course.settings,
+            seed=seed,
+            folder=course.run.path / self.method.method / ".trainer",
+            on_step=lambda step, steps, loss: course.tell(event="step", step=step, steps=steps, loss=loss),
+        )
+        carried = self.method.finish(model, index)
+        trained = time.perf_counter() - began
+        row = self._row(model, len(course.tasks) if self.method.joint else index + 1)
+        last = index + 1 == self.stages
+        state = {
+            "row": row,
+            "start": start,
+            "losses": losses,
+            "trainable_parameters": trainable,
+            "stored_parameters": stored_parameters(model),
+            "train_seconds": round(trained, 3),
+            "seconds": round(time.perf_counter() - began, 3),
+            "attention": self.method.observe(model, course.tokenizer, course.tasks) if last else None,
+        }
+        course.run.save_state(self.method.method, index + 1, model, state, carried)
+        course.run.log("task", method=self.method.method, task=name, row=row, seconds=state["seconds"])
+        course.tell(event="row", method=self.method.method, index=index, row=row)
+        self.states.append(state)
+
+    def _start(self, model: PeftModel) -> list[float]:
+        """The untouched base model's score on every task."""
+        with model.disable_adapter():
+            return [self._score(model, task) for task in self.course.tasks]
+
+    def _row(self, model: PeftModel, trained: int) -> list[float]:
+        row = []
+        for j, task in enumerate(self.course.tasks):
+            self.method.route(model, j, trained)
+            self.course.tell(event="evaluate", task=task.name, index=j)
+            row.append(self._score(model, task))
+        self.method.route(model, 0, trained)
+        return row
+
+    def _score(self, model: PeftModel, task: Task) -> float:
+        """The score in percent, the examples shared out among the processes."""
+        state = PartialState()
+        rows = task.validation or task.test
+        mine = rows[state.process_index :: state.num_processes]
+        settings = self.course.settings
+        right = 0.0
+        if mine:
+            part = dataclasses.replace(task, test=mine)
+            percent = evaluate(
+                model,
+                self.course.tokenizer,
+                part,
+                metric=self.course.metric,
+                batch_size=settings.eval_batch_size,
+                max_length=settings.max_length,
+            )
+            right = round(percent * len(mine) / 100)
+        if state.num_processes > 1:
+            right = sum(gather_object([right]))
+        return round(100 * right / len(rows), 6)
+
+    def _entry(self) -> dict[str, Any]:
+        count = len(self.course.tasks)
+        rows = [state["row"] for state in self.states]
+        matrix = [[None] * count for _ in range(count - 1)] + rows if self.method.joint else rows
+        start = self.states[0]["start"]
+        return {
+            "matrix": matrix,
+            "start": start,
+            **metrics.summary(matrix, start),
+            "trainable_parameters": max(state["trainable_parameters"] for state in self.states),
+            "stored_parameters": self.states[-1]["stored_parameters"],
+            "seconds": round(sum(state["seconds"] for state in self.states), 3),
+            "seconds_by_task": [state["seconds"] for state in self.states],
+            "train_seconds": round(sum(state["train_seconds"] for state in self.states), 3),
+            "seed": self.course.seed,
+            "settings": {**describe(self.method), **dataclasses.asdict(self.course.settings)},
+            "losses": [{"task": i, **point} for i, state in enumerate(self.states) for point in state["losses"]],
+            "attention": self.states[-1]["attention"],
+        }
+
+
+def stored_parameters(model: PeftModel) -> int:
+    """How many numbers the model's adapters hold, frozen parts included; other adapters count what they train."""
+    own = [layer.folklora_updates for layer in layers_of(model)]
+    if own:
+        return sum(p.numel() for u in own for key, p in u.named_parameters() if not key.endswith("base_sample"))
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def _silent(**event: Any) -> None:
+    """Say nothing."""
+
+
+def _load_stream(tasks: Sequence[str | Path | Task], prompt: str, validation: float, seed: int) -> list[Task]:
+    if not tasks:
+        raise ValueError("no tasks were given; a stream needs at least one")
+    sources = [task for task in tasks if not isinstance(task, Task)]
+    loaded = iter(load_tasks(sources, prompt=prompt) if sources else [])
+    stream = [task if isinstance(task, Task) else next(loaded) for task in tasks]
+    names = [task.name for task in stream]
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise ValueError(f"two tasks share a name: {', '.join(repeated)}")
+    return [hold_out(task, validation, seed) for task in stream] if validation else stream
+
+
+def _load_model(
+    model: str | Path | PreTrainedModel, settings: TrainSettings, trust_remote_code: bool
+) -> PreTrainedModel:
+    if isinstance(model, PreTrainedModel):
+        return model
+    place = str(model)
+    if not Path(place).exists() and place.startswith((".", "/", "~")):
+        raise FileNotFoundError(f"there is no model in {place}")
+    config = AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code)
+    kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    precision = settings.precision
+    if precision == "auto":
+        able = PartialState().device.type == "cuda" and torch.cuda.is_bf16_supported()
+        precision = "bfloat16" if able else "float32"
+    return kind.from_pretrained(
+        place, dtype=getattr(torch, precision), trust_remote_code=trust_remote_code, use_safetensors=True
+    )
+
+
+def _load_tokenizer(
+    model: str | Path | PreTrainedModel, base: PreTrainedModel, trust_remote_code: bool
+) -> PreTrainedTokenizerBase:
+    place = base.name_or_path if isinstance(model, PreTrainedModel) else str(model)
+    if not place:
+        raise ValueError("a model that was not loaded from a folder needs its tokenizer: learn(..., tokenizer=...)")
+    return AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code)
+
+
+def _check_fit(methods: Sequence[ContinualMethod], base: PreTrainedModel) -> None:
+    """Try every method's adapter on a copy without values, so that a wrong target or rank is found before training."""
+    for method in methods:
+        with torch.device("meta"):
+            shell = type(base)(copy.deepcopy(base.config))
+        config = copy.deepcopy(method.adapter)
+        if hasattr(config, "restoring"):
+            config.restoring = True
+        trial = copy.copy(method)
+        trial.adapter = config
+        with torch.device("meta"):
+            trial.start(shell)
+
+
+def _request(
+    model: str | Path | PreTrainedModel,
+    tasks: list[Task],
+    methods: Sequence[ContinualMethod],
+    settings: TrainSettings,
+    metric: str,
+    validation: float,
+    seed: int,
+) -> dict[str, Any]:
+    name = model.name_or_path or type(model).__name__ if isinstance(model, PreTrainedModel) else str(model)
+    return {
+        "folklora": folklora.__version__,
+        "model": name,
+        "tasks": [task.name for task in tasks],
+        "examples": [[len(task.train), len(task.test)] for task in tasks],
+        "digests": [task_digest(task) for task in tasks],
+        "metric": metric,
+        "validation": validation,
+        "seed": seed,
+        "methods": {method.method: describe(method) for method in methods},
+        "settings": dataclasses.asdict(settings),
+        "processes": PartialState().num_processes,
+        "machine": machine(),
+    }
+
+
+def task_digest(task: Task) -> str:
+    """A short digest of a task's texts and labels; another task of the same name has another."""
+    import hashlib
+
+    whole = hashlib.sha256()
+    for split in (task.train, task.test, task.validation):
+        for example in split:
+            whole.update(f"{example.prompt}\x00{example.completion}\x01".encode())
+        whole.update(b"\x02")
+    whole.update("\x00".join(task.labels or ()).encode())
+    return whole.hexdigest()[:16]
+
+
+def machine() -> str:
+    """The device and the versions that results depend on, in words."""
+    where = PartialState().device
+    hardware = torch.cuda.get_device_name(where) if where.type == "cuda" else f"{platform.machine()} CPU"
+    return f"{hardware}, torch {torch.__version__}, Python {platform.python_version()}"
+
+
+def _report(run: Run) -> None:
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        run.log("no report", reason="matplotlib is not installed: pip install 'folklora[report]'")
+        return
+    from folklora.stream.report import write_report
+
+    write_report(run.path)

@@ -1,0 +1,215 @@
+"""The run directory: what a stream has done so far, on disk, so that it can be resumed, compared and reported.
+
+RUN/run.json                   what was asked for
+RUN/results.json               what came out (see docs/run-directory.md)
+RUN/log.jsonl                  one line an event
+RUN/report.html
+RUN/METHOD/task-003/           written whole after the third task: state.json, carried.safetensors, adapters/
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from folklora.stream.files import read_json, replace_folder, write_json
+
+
+class RunError(ValueError):
+    """The run directory cannot be used as asked."""
+
+
+@dataclass
+class Run:
+    """A finished or interrupted run.
+
+    Args:
+        path: Its folder.
+    """
+
+    path: Path
+
+    @classmethod
+    def load(cls, path: str | Path) -> Run:
+        """Open an existing run.
+
+        Raises:
+            RunError: There is no run in that folder.
+        """
+        run = cls(Path(path))
+        if not (run.path / "run.json").is_file():
+            raise RunError(f"{path} holds no run: there is no run.json in it")
+        return run
+
+    @property
+    def request(self) -> dict[str, Any]:
+        """What was asked for."""
+        return read_json(self.path / "run.json")
+
+    @property
+    def results(self) -> dict[str, Any]:
+        """What came out: matrices, metrics, parameters and times by method.
+
+        Raises:
+            RunError: The run did not end yet.
+        """
+        file = self.path / "results.json"
+        if not file.is_file():
+            raise RunError(f"{self.path} has no results yet: go on with it by --resume")
+        return read_json(file)
+
+    def adapters(self, method: str) -> Path:
+        """The folder of a method's adapters after its last finished task; `PeftModel.from_pretrained` reads it."""
+        return self.state_folder(method, self.finished(method)) / "adapters"
+
+    def state_folder(self, method: str, count: int) -> Path:
+        """Where a method's state after `count` stages belongs."""
+        return self.path / method / f"task-{count:03d}"
+
+    def finished(self, method: str) -> int:
+        """How many stages of a method are whole on disk."""
+        count = 0
+        while (self.state_folder(method, count + 1) / "state.json").is_file():
+            count += 1
+        return count
+
+    def states(self, method: str) -> list[dict[str, Any]]:
+        """The recorded state of each finished stage."""
+        return [read_json(self.state_folder(method, i + 1) / "state.json") for i in range(self.finished(method))]
+
+    def log(self, event: str, **details: Any) -> None:
+        """Append a line to the log."""
+        if not PartialState().is_main_process:
+            return
+        line = json.dumps({"time": round(time.time(), 3), "event": event, **details})
+        with open(self.path / "log.jsonl", "a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+    def save_state(
+        self, method: str, count: int, model: PeftModel, state: dict[str, Any], carried: dict[str, Tensor]
+    ) -> None:
+        """Record a finished stage: adapters, carried tensors and figures, all or nothing.
+
+        The adapters of the stage before are removed once these are in place.
+        """
+        if PartialState().is_main_process:
+            final = self.state_folder(method, count)
+            temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
+            shutil.rmtree(temporary, ignore_errors=True)
+            try:
+                save_adapters(model, temporary / "adapters")
+                if carried:
+                    save_file(
+                        {k: v.detach().cpu().contiguous() for k, v in carried.items()},
+                        temporary / "carried.safetensors",
+                    )
+                write_json(temporary / "state.json", state)
+                replace_folder(temporary, final)
+            except BaseException:
+                shutil.rmtree(temporary, ignore_errors=True)
+                raise
+            if count > 1:
+                shutil.rmtree(self.state_folder(method, count - 1) / "adapters", ignore_errors=True)
+        PartialState().wait_for_everyone()
+
+    def load_adapters(self, method: str, model: PreTrainedModel) -> tuple[PeftModel, dict[str, Tensor]]:
+        """A method's adapters after its last finished stage on the base model, trainable, and its carried tensors."""
+        folder = self.state_folder(method, self.finished(method))
+        carried = folder / "carried.safetensors"
+        return load_adapters(model, folder / "adapters"), load_file(carried) if carried.is_file() else {}
+
+
+def create_run(path: str | Path, request: dict[str, Any], *, resume: bool, overwrite: bool) -> Run:
+    """Make or open the folder of a run and record what is asked for.
+
+    Args:
+        path: The folder.
+        request: What is asked for, as JSON values.
+        resume: Go on with what is there; it must have been asked for in the same way.
+        overwrite: Remove a run that is there.
+
+    Raises:
+        RunError: The folder holds something else, or a run that was asked for differently, or cannot be written.
+    """
+    run = Run(Path(path))
+    if PartialState().is_main_process:
+        _make(run, request, resume=resume, overwrite=overwrite)
+    PartialState().wait_for_everyone()
+    return run
+
+
+def _make(run: Run, request: dict[str, Any], *, resume: bool, overwrite: bool) -> None:
+    known = (run.path / "run.json").is_file()
+    if resume:
+        if not known:
+            raise RunError(f"{run.path} holds no run to resume")
+        _check_same(run, request)
+        return
+    if run.path.exists() and not run.path.is_dir():
+        raise RunError(f"{run.path} is a file; a run needs a folder")
+    if run.path.is_dir() and any(run.path.iterdir()):
+        if not known:
+            raise RunError(f"{run.path} is not empty and holds no run; choose a new folder")
+        if not overwrite:
+            raise RunError(f"{run.path} holds a run already; --resume goes on with it, --overwrite starts anew")
+        shutil.rmtree(run.path)
+    created = not run.path.exists()
+    try:
+        run.path.mkdir(parents=True, exist_ok=True)
+        write_json(run.path / "run.json", request)
+    except OSError as error:
+        if created and run.path.is_dir():
+            shutil.rmtree(run.path, ignore_errors=True)
+        raise RunError(f"cannot write to {run.path}: {error.strerror or error}") from error
+
+
+def _check_same(run: Run, request: dict[str, Any]) -> None:
+    before, now = run.request, json.loads(json.dumps(request))
+    differing = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+    if differing:
+        lines = [f"  {key}: {_short(before.get(key))} then, {_short(now.get(key))} now" for key in differing]
+        raise RunError("\n".join([f"{run.path} was started differently and cannot be resumed:", *lines]))
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) < 120 else text[:117] + "..."
+
+
+def save_adapters(model: PeftModel, folder: Path) -> None:
+    """Write every adapter of a model, each in a folder of its own name (safetensors and configuration)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    # the embeddings are never trained here; "auto" would ask a hub whether the base model's vocabulary grew
+    model.save_pretrained(folder, save_embedding_layers=False)
+
+
+def load_adapters(model: PreTrainedModel, folder: Path) -> PeftModel:
+    """Put every adapter that `save_adapters` wrote on a base model, trainable.
+
+    Raises:
+        RunError: There is none, or one is not in safetensors.
+        ValueError: An adapter does not fit the model (see `folklora.adapters.host.saved`).
+    """
+    places = {"default": folder} if (folder / "adapter_config.json").is_file() else {}
+    places |= {p.name: p for p in sorted(folder.glob("*/")) if (p / "adapter_config.json").is_file()}
+    if not places:
+        raise RunError(f"{folder} holds no adapters")
+    for place in places.values():
+        if not (place / "adapter_model.safetensors").is_file():
+            raise RunError(f"{place} has no adapter_model.safetensors; other formats are not loaded")
+    names = sorted(places, key=lambda name: (len(name), name))
+    loaded = PeftModel.from_pretrained(model, str(places[names[0]]), adapter_name=names[0], is_trainable=True)
+    for name in names[1:]:
+        loaded.load_adapter(str(places[name]), adapter_name=name, is_trainable=True)
+    return loaded

@@ -1,0 +1,278 @@
+"""Training on one task: TRL's SFTTrainer for causal models, transformers' Seq2SeqTrainer for encoder-decoder ones."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import transformers
+from accelerate import PartialState
+from peft import PeftModel
+from torch import Tensor
+from transformers import (
+    DataCollatorForSeq2Seq,
+    PreTrainedTokenizerBase,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    TrainerCallback,
+)
+
+from folklora.adapters.host.steps import activation_penalty
+from folklora.continual.base import ContinualMethod
+from folklora.stream.tasks import Example
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """How each task is trained.
+
+    Args:
+        learning_rate: Of AdamW.
+        epochs: Passes over a task's examples.
+        batch_size: Examples a step, over all processes and accumulated micro-batches.
+        accumulation: Micro-batches a step.
+        max_length: Tokens of prompt and answer together; longer prompts are cut at their start.
+        schedule: "constant", "linear" or "cosine" decay to 0.
+        warmup: Share of the steps over which the learning rate rises from 0.
+        weight_decay: Of AdamW.
+        max_grad_norm: Gradients are scaled down to this norm; 0 leaves them.
+        gradient_checkpointing: Recompute activations in the backward pass to save memory.
+        precision: Of the base model's weights: "float32", "bfloat16", or "auto": bfloat16 where a GPU has it.
+        eval_batch_size: Prompts a batch when scoring.
+    """
+
+    learning_rate: float = 1e-3
+    epochs: float = 1.0
+    batch_size: int = 16
+    accumulation: int = 1
+    max_length: int = 512
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup: float = 0.0
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    gradient_checkpointing: bool = False
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    eval_batch_size: int = 32
+
+    def __post_init__(self) -> None:
+        problems = [
+            f"{name} must be above 0, not {getattr(self, name)}"
+            for name in ("learning_rate", "epochs", "batch_size", "accumulation", "max_length", "eval_batch_size")
+            if not getattr(self, name) > 0
+        ]
+        if self.schedule not in ("constant", "linear", "cosine"):
+            problems.append(f"schedule must be constant, linear or cosine, not {self.schedule!r}")
+        if self.precision not in ("auto", "float32", "bfloat16"):
+            problems.append(f"precision must be auto, float32 or bfloat16, not {self.precision!r}")
+        if problems:
+            raise ValueError("\n".join(problems))
+
+    def micro_batch(self, processes: int) -> int:
+        """Examples a process reads at once.
+
+        Raises:
+            ValueError: The batch does not divide by processes × accumulation.
+        """
+        parts = processes * self.accumulation
+        if self.batch_size % parts:
+            raise ValueError(
+                f"batch_size {self.batch_size} does not divide among {processes} processes × {self.accumulation} "
+                f"micro-batches; choose a multiple of {parts}"
+            )
+        return self.batch_size // parts
+
+
+def train_task(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    method: ContinualMethod,
+    examples: Sequence[Example],
+    settings: TrainSettings,
+    *,
+    seed: int,
+    folder: str | Path,
+    on_step: Callable[[int, int, float | None], None] | None = None,
+) -> list[dict[str, float]]:
+    """Train the model's trainable parameters on examples, with a new optimiser; the loss is the answers' alone.
+
+    Args:
+        model: With its adapters in place.
+        tokenizer: Its tokenizer.
+        method: Gives the penalty that is added to the loss.
+        examples: What to learn.
+        settings: How.
+        seed: Of the order of examples, dropout and whatever else is drawn.
+        folder: For the trainer's own files; nothing is left there.
+        on_step: Called with (step, steps in all, loss or None) after each step.
+
+    Returns:
+        [{"step": int, "loss": float}, ...], the training loss every few steps.
+    """
+    encoder_decoder = bool(model.config.is_encoder_decoder)
+    rows = [encode(tokenizer, example, settings.max_length, encoder_decoder) for example in examples]
+    watch = _Watch(on_step)
+    arguments = _arguments(settings, seed, folder, len(rows))
+    build = _seq2seq_trainer if encoder_decoder else _causal_trainer
+    trainer = build(model, tokenizer, rows, arguments, [watch], method.penalty)
+    # transformers and TRL print a line for every trainer; a stream makes one for each task
+    level = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    logging.getLogger("accelerate").setLevel(logging.ERROR)
+    inner = model.get_base_model()
+    try:
+        trainer.train()
+    finally:
+        transformers.logging.set_verbosity(level)
+        # TRL replaces the instance's forward; evaluation and the next task want the model's own
+        inner.__dict__.pop("forward", None)
+        model.zero_grad(set_to_none=True)
+    return watch.losses
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase, example: Example, max_length: int, encoder_decoder: bool = False
+) -> dict[str, list[int]]:
+    """Token ids of one example; the prompt gives way at its start where both do not fit.
+
+    Args:
+        tokenizer: The model's.
+        example: Prompt and answer.
+        max_length: Tokens in all (of each side for encoder-decoder models).
+        encoder_decoder: Whether prompt and answer go to different sides.
+
+    Returns:
+        input_ids and labels; for causal models the prompt's labels are -100.
+    """
+    answer = tokenizer(example.completion, add_special_tokens=False)["input_ids"]
+    if tokenizer.eos_token_id is not None:
+        answer = [*answer, tokenizer.eos_token_id]
+    prompt = tokenizer(example.prompt)["input_ids"]
+    if encoder_decoder:
+        return {"input_ids": prompt[-max_length:], "labels": answer[:max_length]}
+    if prompt and prompt[-1] == tokenizer.eos_token_id:
+        prompt = prompt[:-1]
+    answer = answer[:max_length]
+    kept = prompt[max(0, len(prompt) + len(answer) - max_length) :]
+    return {"input_ids": kept + answer, "labels": [IGNORED] * len(kept) + answer}
+
+
+def _arguments(settings: TrainSettings, seed: int, folder: str | Path, count: int) -> dict[str, Any]:
+    state = PartialState()
+    steps = max(1, round(settings.epochs * count / settings.batch_size))
+    return {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": settings.micro_batch(state.num_processes),
+        "gradient_accumulation_steps": settings.accumulation,
+        "learning_rate": settings.learning_rate,
+        "num_train_epochs": settings.epochs,
+        "lr_scheduler_type": "constant_with_warmup" if settings.schedule == "constant" else settings.schedule,
+        "warmup_steps": round(settings.warmup * steps),
+        "weight_decay": settings.weight_decay,
+        "max_grad_norm": settings.max_grad_norm,
+        "gradient_checkpointing": settings.gradient_checkpointing,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False} if settings.gradient_checkpointing else None,
+        "seed": seed,
+        "logging_steps": max(1, steps // 20),
+        "logging_strategy": "steps",
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        "use_cpu": state.device.type == "cpu",
+        "bf16": False,
+        "dataloader_pin_memory": state.device.type == "cuda",
+        "ddp_find_unused_parameters": False,
+    }
+
+
+class _Watch(TrainerCallback):
+    def __init__(self, on_step: Callable[[int, int, float | None], None] | None) -> None:
+        self.on_step = on_step
+        self.losses: list[dict[str, float]] = []
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.on_step is not None:
+            self.on_step(state.global_step, state.max_steps, self.losses[-1]["loss"] if self.losses else None)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
+        if logs and "loss" in logs:
+            self.losses.append({"step": state.global_step, "loss": round(float(logs["loss"]), 6)})
+
+
+def _with_penalties(trainer_class: type, penalty: Callable[[Any], Tensor | None]) -> type:
+    class WithPenalties(trainer_class):
+        def compute_loss(
+            self, model: Any, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None
+        ) -> Any:
+            labels = inputs["labels"]
+            loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+            parts = [part for part in (activation_penalty(model), penalty(model)) if part is not None]
+            if not parts:
+                return loss
+            # the trainer sums micro-batches whose loss is over their share of the step's tokens
+            weight = 1.0
+            if num_items_in_batch is not None:
+                weight = (labels != IGNORED).sum() * self.accelerator.num_processes / num_items_in_batch
+            return loss + weight * sum(parts).to(loss)
+
+    return WithPenalties
+
+
+def _causal_trainer(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: list[dict],
+    arguments: dict,
+    callbacks: list,
+    penalty: Any,
+) -> Any:
+    try:
+        from datasets import Dataset
+        from trl import SFTConfig, SFTTrainer
+    except ImportError as error:
+        raise ImportError(f"training needs TRL and datasets: pip install 'folklora[train]' ({error})") from error
+    config = SFTConfig(**arguments, max_length=None, dataset_kwargs={"skip_prepare_dataset": True})
+    trainer_class = _with_penalties(SFTTrainer, penalty)
+    data = Dataset.from_list(rows)
+    return _quiet(
+        trainer_class(model=model, args=config, train_dataset=data, processing_class=tokenizer, callbacks=callbacks)
+    )
+
+
+def _seq2seq_trainer(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: list[dict],
+    arguments: dict,
+    callbacks: list,
+    penalty: Any,
+) -> Any:
+    collator = DataCollatorForSeq2Seq(tokenizer, model=model.get_base_model(), label_pad_token_id=IGNORED)
+    trainer_class = _with_penalties(Seq2SeqTrainer, penalty)
+    return _quiet(
+        trainer_class(
+            model=model,
+            args=Seq2SeqTrainingArguments(**arguments),
+            train_dataset=rows,
+            data_collator=collator,
+            processing_class=tokenizer,
+            callbacks=callbacks,
+        )
+    )
+
+
+def _quiet(trainer: Any) -> Any:
+    from transformers.trainer_callback import PrinterCallback
+
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def device() -> torch.device:
+    """The device of this process."""
+    return PartialState().device

@@ -1,0 +1,235 @@
+"""The tiny Llama that `folklora.check` puts every method on, how it is trained there, and how results are compared."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import tempfile
+from collections import defaultdict
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, Trainer, TrainingArguments
+
+from folklora.adapters.base import AdapterConfig
+from folklora.adapters.host.layer import FolkloraLayer, layers_of
+from folklora.adapters.host.steps import activation_penalty
+
+TARGETS = ["q_proj", "v_proj", "down_proj"]
+ROWS, POSITIONS, VOCABULARY = 4, 6, 61
+_DECOMPOSITIONS = ("eig", "svd", "qr", "geqrf", "cholesky", "lu_factor", "inv_ex", "lstsq", "solve_ex")
+
+
+def llama(layers: int = 2, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
+    """A Llama of width 32 with grouped key-value heads, the same at every call, in evaluation mode."""
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=32,
+        initializer_range=0.2,
+        tie_word_embeddings=False,
+        use_cache=False,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(11)
+        return LlamaForCausalLM(config).to(dtype).eval()
+
+
+def adapted(config: AdapterConfig, layers: int = 2, dtype: torch.dtype = torch.float32) -> PeftModel:
+    """A fresh tiny Llama with the adapter at its seeded start."""
+    torch.manual_seed(5)
+    return get_peft_model(llama(layers, dtype), copy.deepcopy(config))
+
+
+def trained(config: AdapterConfig) -> PeftModel:
+    """A tiny Llama whose adapter has left its start, in evaluation mode."""
+    model = adapted(config)
+    train(model)
+    return model.eval()
+
+
+def precise(config: AdapterConfig) -> PeftModel:
+    """A tiny Llama in float64 whose adapter was moved off its start by noise."""
+    return moved(adapted(config, dtype=torch.float64)).double()
+
+
+def train(model: nn.Module, parameters: list[nn.Parameter] | None = None) -> None:
+    """Three steps of AdamW with weight decay on `parameters` (by default those that are trained)."""
+    chosen = parameters or [value for value in model.parameters() if value.requires_grad]
+    optimizer = torch.optim.AdamW(chosen, lr=0.03, weight_decay=0.1)
+    model.train()
+    torch.manual_seed(17)
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss(model).backward()
+        optimizer.step()
+    optimizer.zero_grad()
+
+
+def moved(model: PeftModel, adapter_name: str = "default") -> PeftModel:
+    """The model with noise on every trained parameter of one adapter, which becomes the active one."""
+    model.set_adapter(adapter_name)
+    generator = torch.Generator().manual_seed(13)
+    with torch.no_grad():
+        for value in model.parameters():
+            if value.requires_grad:
+                value += 0.1 * torch.randn(value.shape, generator=generator).to(value)
+    return model
+
+
+def batch() -> dict[str, Tensor]:
+    """Four rows of tokens; the last ends in two positions of padding."""
+    tokens = torch.randint(VOCABULARY, (ROWS, POSITIONS), generator=torch.Generator().manual_seed(19))
+    mask = torch.ones_like(tokens)
+    mask[-1, -2:] = 0
+    return {"input_ids": tokens, "attention_mask": mask}
+
+
+def logits(model: nn.Module) -> Tensor:
+    """The model's logits on `batch()` in evaluation mode; its own mode is restored."""
+    training = model.training
+    with torch.no_grad():
+        result = model.eval()(**batch()).logits
+    model.train(training)
+    return result
+
+
+def loss(model: nn.Module, call: Any = None) -> Tensor:
+    """The language-modelling loss on `batch()` with the method's activation penalty; `call` computes it."""
+    inputs = batch()
+    labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+    value = (model if call is None else call)(**inputs, labels=labels).loss
+    extra = activation_penalty(model)
+    return value if extra is None else value + extra
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    """The gradients that are there, by parameter."""
+    return {name: value.grad.clone() for name, value in model.named_parameters() if value.grad is not None}
+
+
+def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The base model's own parameters by the names that they have without adapters."""
+    return {
+        name.removeprefix("base_model.model.").replace(".base_layer.", "."): value
+        for name, value in model.named_parameters()
+        if ".folklora_updates." not in name
+    }
+
+
+def with_updates(model: nn.Module, base: nn.Module) -> nn.Module:
+    """`base` with the dense ΔW of the model's active updates added to its weights; gated updates add nothing."""
+    for layer in layers_of(model):
+        weight = base.get_submodule(layer.name).weight
+        for name in layer.active_adapters:
+            update = layer.folklora_updates[name]
+            if not update.gated:
+                factors = update.factors()
+                factors = dataclasses.replace(factors, A=factors.A.double(), B=factors.B.double())
+                weight.data += layer.kind.layout(layer.get_base_layer(), factors.dense()).to(weight)
+    return base
+
+
+def layer_output(layer: FolkloraLayer, names: list[str], x: Tensor) -> Tensor:
+    """One layer's output with just these adapters active, no gradients."""
+    layer.set_adapter([name for name in names if name in layer.folklora_updates])
+    with torch.no_grad():
+        return layer(x)
+
+
+def penalty_gradients(model: nn.Module) -> dict[str, Tensor]:
+    """The gradient of all penalties from their formula, by parameter; empty where the method has none."""
+    values: dict[str, list[Tensor]] = defaultdict(list)
+    reductions: dict[str, str] = {}
+    for layer in layers_of(model):
+        for name, update in layer.folklora_updates.items():
+            value = update.penalty() if any(p.requires_grad for p in update.parameters()) else None
+            if value is not None:
+                values[name].append(value)
+                reductions[name] = layer.reductions[name]
+    if not values:
+        return {}
+    total = sum(
+        torch.stack(parts).mean() if reductions[name] == "mean" else torch.stack(parts).sum()
+        for name, parts in values.items()
+    )
+    named = {name: value for name, value in model.named_parameters() if value.requires_grad}
+    found = torch.autograd.grad(total, list(named.values()), allow_unused=True)
+    return {name: value for name, value in zip(named, found, strict=True) if value is not None}
+
+
+def trainer_step(config: AdapterConfig, accumulation: int, penalised: bool) -> dict[str, Tensor]:
+    """The trained parameters after one step of SGD with rate 1 in transformers' Trainer, float64.
+
+    Args:
+        config: The method.
+        accumulation: Into how many micro-batches the four rows are split.
+        penalised: Whether the updates' penalties are left on.
+    """
+    model = precise(config)
+    if not penalised:
+        for layer in layers_of(model):
+            for update in layer.folklora_updates.values():
+                update.penalty = lambda: None
+    rows = [{"input_ids": row, "labels": row} for row in batch()["input_ids"]]
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            output_dir=folder,
+            max_steps=1,
+            per_device_train_batch_size=ROWS // accumulation,
+            gradient_accumulation_steps=accumulation,
+            learning_rate=1.0,
+            lr_scheduler_type="constant",
+            optim="sgd",
+            max_grad_norm=0,
+            seed=3,
+            use_cpu=True,
+            report_to=[],
+            save_strategy="no",
+            logging_strategy="no",
+            disable_tqdm=True,
+            dataloader_pin_memory=False,
+        )
+        trainer = Trainer(model, arguments, train_dataset=rows)
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    return {name: value.detach().clone() for name, value in model.named_parameters() if value.requires_grad}
+
+
+def require(condition: Any, what: str) -> None:
+    """Refuse what is not so."""
+    if not condition:
+        raise AssertionError(what)
+
+
+def close(actual: Tensor, expected: Tensor, tolerance: float, what: str) -> None:
+    """Refuse two tensors that differ by more than `tolerance` times the larger of 1 and the largest expected value."""
+    actual, expected = actual.detach().double(), expected.detach().double()
+    allowed = tolerance * max(1.0, float(expected.abs().max()))
+    error = float((actual - expected).abs().max())
+    require(error <= allowed, f"{what} differ by {error:.2e}, more than {allowed:.2e}")
+
+
+def same(actual: Tensor, expected: Tensor, what: str) -> None:
+    """Refuse two tensors that are not equal bit for bit."""
+    if not torch.equal(actual, expected):
+        error = float((actual.double() - expected.double()).abs().max())
+        raise AssertionError(f"{what}: not equal bit for bit (largest difference {error:.2e})")
+
+
+class NoDecomposition(TorchDispatchMode):
+    """While active, a matrix decomposition or inverse raises AssertionError."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operation unless it is a decomposition."""
+        name = func.__name__.partition(".")[0]
+        if name.lstrip("_").removeprefix("linalg_").startswith(_DECOMPOSITIONS):
+            raise AssertionError(f"a decomposition ({name}) ran where none may")
+        return func(*args, **(kwargs or {}))
