@@ -1,5 +1,8 @@
 """Folklora: teach a pretrained model new knowledge, task after task, without losing what it knew."""
 
+import importlib
+from typing import Any
+
 from folklora.adapters import AdapterConfig, AMLoRA, KaSA, LoRA, PiSSA, Update
 from folklora.adapters.am_lora import add_task
 from folklora.adapters.host import steps as _steps
@@ -11,22 +14,40 @@ from folklora.methods import methods
 
 __version__ = "0.1.0"
 
+
+def __getattr__(name: str) -> Any:
+    # the stream brings TRL, datasets and matplotlib with it; adapters alone do not need them
+    if name in ("learn", "Run", "Task", "Example", "load_task", "TrainSettings"):
+        module = {"learn": "learn", "Run": "run", "TrainSettings": "train"}.get(name, "tasks")
+        return getattr(importlib.import_module(f"folklora.stream.{module}"), name)
+    if name in ("check_method", "ConformanceError"):
+        return getattr(importlib.import_module("folklora.check"), name)
+    raise AttributeError(f"module 'folklora' has no attribute '{name}'")
+
+
 _tuner.register()
 _steps.register()
 
 __all__ = [
     "AMLoRA",
     "AdapterConfig",
+    "Example",
     "Factors",
     "KaSA",
     "LoRA",
     "PiSSA",
+    "Run",
+    "Task",
+    "TrainSettings",
     "Update",
     "activation_penalty",
     "add_task",
+    "check_method",
     "concatenate",
     "export_lora",
     "factored_linear",
+    "learn",
+    "load_task",
     "methods",
     "penalty",
 ]

@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, Trainer, TrainingArguments
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from folklora.adapters.base import AdapterConfig
 from folklora.adapters.host.layer import FolkloraLayer, layers_of
@@ -165,20 +165,26 @@ def penalty_gradients(model: nn.Module) -> dict[str, Tensor]:
     return {name: value for name, value in zip(named, found, strict=True) if value is not None}
 
 
-def trainer_step(config: AdapterConfig, accumulation: int, penalised: bool) -> dict[str, Tensor]:
-    """The trained parameters after one step of SGD with rate 1 in transformers' Trainer, float64.
+def trainer_step(
+    config: AdapterConfig, accumulation: int, penalised: bool = True, rows: Tensor | None = None
+) -> PeftModel:
+    """A tiny Llama in float64 after one step of SGD with rate 1 in transformers' Trainer.
 
     Args:
         config: The method.
-        accumulation: Into how many micro-batches the four rows are split.
+        accumulation: Into how many micro-batches the four rows of a process are split.
         penalised: Whether the updates' penalties are left on.
+        rows: Tokens [rows, positions], four rows a process; None takes `batch()`.
     """
+    # slow to import, and no other check needs it
+    from transformers import PrinterCallback, Trainer, TrainingArguments
+
     model = precise(config)
     if not penalised:
         for layer in layers_of(model):
             for update in layer.folklora_updates.values():
                 update.penalty = lambda: None
-    rows = [{"input_ids": row, "labels": row} for row in batch()["input_ids"]]
+    rows = batch()["input_ids"] if rows is None else rows
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             output_dir=folder,
@@ -197,10 +203,10 @@ def trainer_step(config: AdapterConfig, accumulation: int, penalised: bool) -> d
             disable_tqdm=True,
             dataloader_pin_memory=False,
         )
-        trainer = Trainer(model, arguments, train_dataset=rows)
+        trainer = Trainer(model, arguments, train_dataset=[{"input_ids": row, "labels": row} for row in rows])
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-    return {name: value.detach().clone() for name, value in model.named_parameters() if value.requires_grad}
+    return model
 
 
 def require(condition: Any, what: str) -> None:

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from peft import KasaConfig, LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 import folklora
 from folklora import Factors, KaSA, export_lora, factored_linear
@@ -39,8 +40,9 @@ def net() -> Net:
 
 
 def adapted(base: nn.Module | None = None, seed: int = 1, **options: Any) -> PeftModel:
+    base = base or net()
     torch.manual_seed(seed)
-    return get_peft_model(base or net(), KaSA(**{"r": R, "target_modules": TARGETS} | options))
+    return get_peft_model(base, KaSA(**{"r": R, "target_modules": TARGETS} | options))
 
 
 def inputs() -> Tensor:
@@ -93,7 +95,7 @@ def test_what_remains_is_the_best_approximation_of_rank_k_minus_t(name: str, t: 
     model, dropped = adapted(truncate=t), R if t is None else t
     layer, update = next(pair for pair in updates_of(model, "default") if pair[0].name == name)
     weight = layer.get_base_layer().weight.detach().double()
-    world = weight + update.factors().dense().double()
+    world = weight + update.factors().dense().detach().double()
     S = torch.linalg.svdvals(weight)
     assert (update.P.shape, update.Q.shape) == ((weight.shape[0], dropped), (dropped, weight.shape[1]))
     assert torch.linalg.matrix_rank(world, rtol=1e-5) == min(weight.shape) - dropped
@@ -286,6 +288,26 @@ def test_dropout_touches_only_the_learned_part(trained: bool):
         assert_close32(y, world + 2.0 * (kept @ update.A.T * update.d) @ update.B.T)
     else:
         assert torch.equal(y, world)
+
+
+def test_a_transposed_layer_equals_the_linear_one():
+    class Transposed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.v = Conv1D(20, 40), Conv1D(36, 20)
+
+        forward = Net.forward
+
+    linear, transposed = net(), Transposed()
+    with torch.no_grad():
+        for name in TARGETS:
+            transposed.get_submodule(name).weight.copy_(linear.get_submodule(name).weight.T)
+        transposed.q.bias.copy_(linear.q.bias)
+        transposed.v.bias.zero_()
+    models = [adapted(linear), adapted(transposed)]
+    for model in models:
+        randomise(model)
+    assert_close32(models[1](inputs()), models[0](inputs()))
 
 
 def test_merging_keeps_the_output_and_the_base_comes_back_bit_for_bit():

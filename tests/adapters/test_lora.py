@@ -37,8 +37,9 @@ def net(kind: type = Net) -> Any:
 
 
 def adapted(config: Any, base: nn.Module | None = None, seed: int = 1) -> PeftModel:
+    base = base or net()
     torch.manual_seed(seed)
-    return get_peft_model(base or net(), config)
+    return get_peft_model(base, config)
 
 
 def inputs(seed: int = 2) -> Tensor:

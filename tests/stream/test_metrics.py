@@ -90,7 +90,7 @@ def test_models_trained_on_one_task_each_forget_nothing():
         ("order1_icrlora", (68.62, -14.55, 79.53, 14.55)),
         ("long_olora", (72.17, -0.73, 72.86, 1.74)),
         ("long_seqlora", (32.04, -47.96, 76.81, 48.95)),
-        ("long_inclora", (58.44, -19.44, 76.58, 20.38)),
+        ("long_icrlora", (58.44, -19.44, 76.58, 20.38)),
     ],
 )
 def test_published_logs(run, expected, shared_data):

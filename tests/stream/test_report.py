@@ -255,7 +255,7 @@ def test_what_is_no_run(tmp_path: Path) -> None:
 def test_verdict_gives_the_gaps() -> None:
     text = verdict([("a", 50.04), ("b", 71.3), ("c", None), ("d", 71.32)], [("multi-task", 80.0)])
     assert text.startswith(
-        "b has the highest average accuracy, 71.3 %. Below it: d is level with it, a by 21.3 points."
+        "References aside, b has the highest average accuracy, 71.3 %. Below it: d is level with it, a by 21.3 points."
     )
     assert text.endswith("For reference: multi-task 80.0 %.")
     assert verdict([], [("multi-task", 80.0)]) == "multi-task ends with an average accuracy of 80.0 %."
@@ -279,3 +279,18 @@ def test_ticks_are_few_round_and_even(top: float) -> None:
 
 def test_plain_text_keeps_words_and_drops_controls() -> None:
     assert plain("Größe → 3\n\x1b[0m") == "Größe → 3 \ufffd[0m"
+
+
+def test_best_values_leave_references_out(tmp_path: Path) -> None:
+    results = make_results()
+    scores = {"seq-lora": 40.0, "replay": 60.0, "multi-task": 90.0, "am-lora": 50.0}
+    for name, score in scores.items():
+        for key in ("average_accuracy", "backward_transfer", "forgetting", "learning_accuracy"):
+            results["methods"][name][key] = score
+    source, page = report(results, tmp_path)
+    # Of the four columns, forgetting is the one in which less is better.
+    assert source.count('<td class="best">') == 4
+    assert source.count('<td class="best">60.0</td>') == 2
+    assert source.count('<td class="best">+60.0</td>') == 1
+    assert source.count('<td class="best">40.0</td>') == 1
+    assert "References aside, replay has the highest average accuracy, 60.0 %." in page.text

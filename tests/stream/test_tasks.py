@@ -4,6 +4,7 @@ import json
 import pickle
 import sys
 from collections import Counter
+from dataclasses import replace
 
 import datasets
 import pytest
@@ -93,7 +94,7 @@ def test_two_files_by_name(tmp_path):
     folder = _folder(tmp_path / "x=y")
     task = load_task(f"mood={folder}/train.jsonl,{folder}/test.jsonl")
     assert task.name == "mood"
-    assert task == Task("mood", *load_task(folder).__dict__.values()[1:]) if False else len(task.train) == 3
+    assert task == replace(load_task(folder), name="mood")
     assert load_task(folder).name == "x=y"
 
 
@@ -286,8 +287,12 @@ def test_a_configuration_is_chosen_and_named(hub):
 
 
 def test_a_data_set_that_does_not_fit(hub):
-    _folder(hub / "a", [{"sentence": "x", "label": "y"}], TEST)
-    assert '"sentence", "label"' in _problems(f"hub:{hub / 'a'}")[0]
+    rows = [{"sentence": "x", "label": "y"}]
+    _folder(hub / "a", rows, rows)
+    assert [problem.split("; ")[1] for problem in _problems(f"hub:{hub / 'a'}")] == ['there is "sentence", "label"'] * 2
+    _folder(hub / "c", rows, TEST)
+    assert "cannot be loaded: " in _problems(f"hub:{hub / 'c'}")[0]
+    assert "column" in _problems(f"hub:{hub / 'c'}")[0]
     (hub / "b").mkdir()
     (hub / "b" / "train.jsonl").write_text(_lines(TRAIN))
     assert 'there is no test split; there is "train"' in _problems(f"hub:{hub / 'b'}")[0]
@@ -314,7 +319,7 @@ def test_hold_out_moves_each_label_in_its_proportion(fraction):
     assert list(held.train) == sorted(held.train, key=task.train.index)
     moved = Counter(example.completion for example in held.validation)
     for label, count in counts.items():
-        assert abs(moved[label] - fraction * count) < 1
+        assert abs(moved[label] - fraction * count) <= 1
         assert moved[label] < count
 
 

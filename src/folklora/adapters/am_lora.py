@@ -50,7 +50,8 @@ class AMLoRA(AdapterConfig):
         gate_input: What a gate reads, q_i: the layer's "input" x, the "lora" output h_i(x), or "both".
         zero_slot: Whether slot 0 takes part in the softmax.
         selector_train: Train the "new" task's gate only, or "all" gates.
-        granularity: One attention a "token", or one a "sequence" from q averaged over its tokens.
+        granularity: One attention a "token", or one a "sequence" from q averaged over its tokens (the last dimension
+            but one; an input without it, [batch, in], has an attention a row).
         score_activation: g, "identity" or "tanh".
         temperature: τ.
         new_gate_bias: Start of b_i; below 0 a new task disturbs the old ones less and learns more slowly.
@@ -163,8 +164,9 @@ class AMLoRAUpdate(Update):
         return Factors(torch.cat(list(self.A)), s, torch.cat(list(self.B), dim=1))
 
     def scores(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """e_1, ..., e_t for the input [..., in]: float32, [..., t] ([..., 1, t] with granularity "sequence")."""
-        pooled = _mean_positions(x, mask) if self.config.granularity == "sequence" else x
+        """e_1, ..., e_t for the input [..., in]: float32, [..., t] ([..., 1, t] for one a sequence)."""
+        # an input of fewer dimensions is a vector, or a batch of them, and no sequence
+        pooled = _mean_positions(x, mask) if self.config.granularity == "sequence" and x.dim() > 2 else x
         width = self.shape[1] if self.config.gate_input != "lora" else 0
         total = torch.stack([bias[0] for bias in self.gate_bias]).float()
         weights = torch.stack(list(self.gate_weight))

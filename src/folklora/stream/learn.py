@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import hashlib
 import platform
 import time
 from collections.abc import Callable, Sequence
@@ -31,6 +32,7 @@ from folklora.stream import metrics
 from folklora.stream.evaluate import evaluate
 from folklora.stream.files import write_json
 from folklora.stream.options import build_method, describe, split_options
+from folklora.stream.report import write_report
 from folklora.stream.run import Run, create_run
 from folklora.stream.tasks import Task, hold_out, load_tasks
 from folklora.stream.train import TrainSettings, train_task
@@ -101,7 +103,7 @@ def learn(
         results["methods"][one.method] = _Lesson(course, one, base).learn()
     if PartialState().is_main_process:
         write_json(run.path / "results.json", results)
-        _report(run)
+        write_report(run.path)
     PartialState().wait_for_everyone()
     return run
 
@@ -342,8 +344,6 @@ def _request(
 
 def task_digest(task: Task) -> str:
     """A short digest of a task's texts and labels; another task of the same name has another."""
-    import hashlib
-
     whole = hashlib.sha256()
     for split in (task.train, task.test, task.validation):
         for example in split:
@@ -358,14 +358,3 @@ def machine() -> str:
     where = PartialState().device
     hardware = torch.cuda.get_device_name(where) if where.type == "cuda" else f"{platform.machine()} CPU"
     return f"{hardware}, torch {torch.__version__}, Python {platform.python_version()}"
-
-
-def _report(run: Run) -> None:
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        run.log("no report", reason="matplotlib is not installed: pip install 'folklora[report]'")
-        return
-    from folklora.stream.report import write_report
-
-    write_report(run.path)

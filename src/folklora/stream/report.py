@@ -200,7 +200,7 @@ def _heading(results: dict[str, Any]) -> str:
         "Tasks, in order": " → ".join(results["tasks"]),
         "Metric": f"{metric}: {_METRICS[metric]}" if metric in _METRICS else metric,
         "Seed": results.get("seed", MISSING),
-        "Folklora": results.get("folklora", MISSING),
+        "Made with": f"Folklora {results.get('folklora', MISSING)}, {results.get('machine', 'machine not recorded')}",
     }
     rows = "".join(f"<dt>{name}</dt><dd>{escape(value)}</dd>" for name, value in facts.items())
     return f"<h1>What each method learned, and what it kept</h1>\n<dl>{rows}</dl>"
@@ -233,7 +233,7 @@ def _summary(results: dict[str, Any]) -> str:
         f"<p>{escape(words)}</p>\n"
         + (f'<p class="note">The references: {bounds}.</p>\n' if bounds else "")
         + '<p class="note">This is one run with one seed. Small differences may be chance; repeat the run with '
-        "other seeds and task orders, and compare the means. The best value of a column is bold, references aside.</p>\n"
+        "other seeds and task orders, and compare the means. In bold: each column's best, references aside.</p>\n"
         f'<div class="scroll"><table><thead><tr><th class="text" scope="col">Method</th>{head}</tr></thead>\n'
         f"<tbody>{''.join(rows)}</tbody></table></div>\n{glossary()}"
     )

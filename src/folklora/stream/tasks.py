@@ -88,11 +88,7 @@ class _Source:
 
 
 def load_task(source: str | Path, prompt: str = "{text}\nAnswer:") -> Task:
-    """Load one task; see `load_tasks`.
-
-    Raises:
-        TaskError: With every problem found.
-    """
+    """Load one task; see `load_tasks`, whose errors it raises."""
     return load_tasks([source], prompt)[0]
 
 
@@ -144,9 +140,8 @@ def load_tasks(sources: Sequence[str | Path], prompt: str = "{text}\nAnswer:") -
 def hold_out(task: Task, fraction: float, seed: int) -> Task:
     """Move a part of the training examples into `validation`, each completion in its proportion.
 
-    Of n training examples round(fraction n) are moved, at least one. Completion c, with n_c of them, gives
-    floor(fraction n_c), and those with the largest remainders one more; each keeps one for training. Without
-    labels all examples are one group.
+    Of n training examples max(1, round(fraction n)) are moved, or fewer so that each completion keeps one. Completion
+    c, with n_c of them, gives floor(fraction n_c), those with the largest remainders one more. Free text is one group.
 
     Args:
         task: A task.
@@ -281,7 +276,8 @@ def _from_hub(given: str) -> _Source:
     try:
         found = datasets.load_dataset(path, config or None)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        source.problems.append(f"{given}: cannot be loaded: {error}")
+        why = " ".join(f"{error}: {error.__cause__}".removesuffix(": None").split())
+        source.problems.append(f"{given}: cannot be loaded: {why}")
         return source
     for split in _SPLITS:
         if split not in found:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import weakref
 from collections.abc import Iterator
@@ -22,7 +23,9 @@ SAMPLES = 32
 # through float16 may besides have lost half of its smallest number
 _SAME, _SMALLEST = 2.0**-7, 2.0**-24
 _QUANTISED_COSINE = 0.9
-LIVE_LAYERS: weakref.WeakSet[FolkloraLayer] = weakref.WeakSet()
+# by order of creation, so that all processes gather sharded parameters in one order
+LIVE_LAYERS: weakref.WeakValueDictionary[int, FolkloraLayer] = weakref.WeakValueDictionary()
+_serial = itertools.count()
 
 
 @dataclass
@@ -31,21 +34,15 @@ class CallContext:
 
     Args:
         rows: The adapter of each row of the batch ("__base__" for none), or None where all rows share the active ones.
-        masks: Attention masks [batch, positions] of this call, the decoder's before the encoder's.
+        masks: Attention masks [batch, positions] of this call, a decoder's own before its encoder's.
     """
 
     rows: list[str] | None = None
     masks: tuple[Tensor, ...] = ()
 
     def mask_for(self, x: Tensor) -> Tensor | None:
-        """The mask that fits an input [batch, positions, width], if one does."""
-        if x.dim() != 3:
-            return None
-        for mask in self.masks:
-            # while generating from a cache the mask is longer than what is new
-            if mask.shape[0] == x.shape[0] and mask.shape[1] >= x.shape[1]:
-                return mask[:, -x.shape[1] :]
-        return None
+        """The mask of the very positions of an input [batch, positions, width], if it is known."""
+        return next((mask for mask in self.masks if mask.shape == x.shape[:-1]), None)
 
 
 class FolkloraLayer(nn.Module, BaseTunerLayer):
@@ -71,11 +68,11 @@ class FolkloraLayer(nn.Module, BaseTunerLayer):
         self.waiting: set[str] = set()
         self.merged_adapters: list[str] = []
         self._unmerged_weight: nn.Parameter | None = None
-        LIVE_LAYERS.add(self)
+        LIVE_LAYERS[next(_serial)] = self
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        LIVE_LAYERS.add(self)
+        LIVE_LAYERS[next(_serial)] = self
 
     def add(self, adapter_name: str, config: AdapterConfig, *, waiting: bool, trainable: bool) -> None:
         """Put a new update of the method `config` on this layer.
@@ -94,6 +91,9 @@ class FolkloraLayer(nn.Module, BaseTunerLayer):
             update = config.update(self.kind.matrix(base))
         sample = self.sample_base()
         update.base_sample = nn.Parameter(sample.fill_(math.nan) if waiting else sample, requires_grad=False)
+        for parameter in update.parameters():
+            # FSDP2 shards only what lies in one piece, and a transposed factor does not
+            parameter.data = parameter.data.contiguous()
         self.folklora_updates[adapter_name] = update
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.dropouts[adapter_name] = config.dropout

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.optim.optimizer import (
     Optimizer,
     register_optimizer_step_post_hook,
@@ -70,18 +71,59 @@ def _regularised(layer: FolkloraLayer) -> Iterator[tuple[str, Update]]:
 
 
 def _penalties(
-    updates: list[tuple[FolkloraLayer, str, Update]],
-) -> Iterator[tuple[Tensor, list[nn.Parameter]]]:
+    updates: list[tuple[FolkloraLayer, str, Update]], held: set[int] | None = None
+) -> Iterator[tuple[Tensor, list[tuple[nn.Parameter, Tensor]]]]:
+    """(penalty, [(parameter, the tensor that stands for it there)]), of what the optimizer holds where it is given."""
     counts: dict[tuple[int, str], int] = defaultdict(int)
     for layer, name, _ in updates:
         counts[id(layer.context), name] += 1
     for layer, name, update in updates:
-        value = update.penalty()
+        named = {key: p for key, p in update.named_parameters() if p.requires_grad}
+        named = {key: p for key, p in named.items() if held is None or id(p) in held}
+        if not named:
+            continue
+        whole = _gathered(update)
+        value = _call(update, "penalty", whole)
         if value is None:
             continue
         mean = layer.reductions[name] == "mean"
         value = value / counts[id(layer.context), name] if mean else value
-        yield value, [p for p in update.parameters() if p.requires_grad]
+        yield value, [(p, whole.get(key, p)) for key, p in named.items()]
+
+
+@torch.no_grad()
+def _gathered(update: Update) -> dict[str, Tensor]:
+    """The parameters in full if FSDP2 has sharded them, so that a method need not know of it; else empty."""
+    named = dict(update.named_parameters())
+    if not any(hasattr(p, "full_tensor") for p in named.values()):
+        return {}
+    full = {key: p.full_tensor() if hasattr(p, "full_tensor") else p for key, p in named.items()}
+    return {key: value.detach().requires_grad_(named[key].requires_grad) for key, value in full.items()}
+
+
+def _call(update: Update, method: str, parameters: dict[str, Tensor]) -> Any:
+    if not parameters:
+        return getattr(update, method)()
+    return functional_call(_Method(update, method), {f"update.{key}": value for key, value in parameters.items()}, ())
+
+
+class _Method(nn.Module):
+    def __init__(self, update: Update, method: str) -> None:
+        super().__init__()
+        self.update, self.method = update, method
+
+    def forward(self) -> Any:
+        return getattr(self.update, self.method)()
+
+
+def _sharded_like(parameter: nn.Parameter, value: Tensor) -> Tensor:
+    if not hasattr(parameter, "full_tensor"):
+        return value
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh = parameter.device_mesh
+    everywhere = DTensor.from_local(value, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return everywhere.redistribute(mesh, parameter.placements)
 
 
 def _held(optimizer: Optimizer) -> set[int]:
@@ -89,32 +131,33 @@ def _held(optimizer: Optimizer) -> set[int]:
 
 
 def _add_penalty_gradients(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    updates = [(layer, name, update) for layer in LIVE_LAYERS for name, update in _regularised(layer)]
+    updates = [(layer, name, update) for layer in LIVE_LAYERS.values() for name, update in _regularised(layer)]
     if not updates:
         return
-    held = _held(optimizer)
     # a fused optimizer under a gradient scaler divides by the scale itself, after this hook
     scale = getattr(optimizer, "grad_scale", None)
     with torch.enable_grad():
-        for value, parameters in _penalties(updates):
-            mine = [p for p in parameters if id(p) in held]
-            if not mine:
-                continue
-            gradients = torch.autograd.grad(value, mine, allow_unused=True)
-            for parameter, gradient in zip(mine, gradients, strict=True):
+        for value, pairs in _penalties(updates, _held(optimizer)):
+            gradients = torch.autograd.grad(value, [whole for _, whole in pairs], allow_unused=True)
+            for (parameter, _), gradient in zip(pairs, gradients, strict=True):
                 if gradient is None:
                     continue
-                gradient = gradient if scale is None else gradient * scale
+                gradient = _sharded_like(parameter, gradient if scale is None else gradient * scale)
                 parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
 
 
 @torch.no_grad()
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     held: set[int] | None = None
-    for layer in LIVE_LAYERS:
+    for layer in LIVE_LAYERS.values():
         for update in layer.folklora_updates.values():
             if type(update).after_step is Update.after_step:
                 continue
             held = _held(optimizer) if held is None else held
-            if any(id(p) in held for p in update.parameters()):
-                update.after_step()
+            if not any(id(p) in held for p in update.parameters()):
+                continue
+            whole = _gathered(update)
+            _call(update, "after_step", whole)
+            for key, parameter in update.named_parameters():
+                if key in whole:
+                    parameter.copy_(_sharded_like(parameter, whole[key]))

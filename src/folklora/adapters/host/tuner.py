@@ -24,7 +24,7 @@ from folklora.adapters.host.kinds import LINEAR, TRANSPOSED, kind_of
 from folklora.adapters.host.layer import CallContext, FolkloraLayer, layers_of
 from folklora.adapters.host.saved import check_saved_values
 
-_MASKS = ("decoder_attention_mask", "attention_mask")
+_MASKS = ("decoder_attention_mask", "attention_mask", "encoder_attention_mask")
 
 
 class FolkloraModel(BaseTuner):
@@ -73,7 +73,8 @@ class FolkloraModel(BaseTuner):
             return existing.context
         if getattr(self, "_own_context", None) is None:
             self._own_context = CallContext()
-            self.model.register_forward_pre_hook(_MaskReader(self._own_context), with_kwargs=True)
+            for part in _called_with_masks(self.model):
+                part.register_forward_pre_hook(_MaskReader(self._own_context), with_kwargs=True)
         return self._own_context
 
     def _check_targets(self, model: nn.Module, config: AdapterConfig) -> None:
@@ -118,9 +119,10 @@ class FolkloraModel(BaseTuner):
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
         model = super()._unload_and_optionally_merge(*args, **kwargs)
-        for key, hook in list(model._forward_pre_hooks.items()):
-            if isinstance(hook, _MaskReader):
-                del model._forward_pre_hooks[key], model._forward_pre_hooks_with_kwargs[key]
+        for part in _called_with_masks(model):
+            for key, hook in list(part._forward_pre_hooks.items()):
+                if isinstance(hook, _MaskReader):
+                    del part._forward_pre_hooks[key], part._forward_pre_hooks_with_kwargs[key]
         return model
 
     def _check_merge_allowed(self) -> None:
@@ -204,6 +206,13 @@ class _MaskReader:
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         masks = (kwargs.get(name) for name in _MASKS)
         self.context.masks = tuple(m for m in masks if isinstance(m, Tensor) and m.dim() == 2)
+
+
+def _called_with_masks(model: nn.Module) -> list[nn.Module]:
+    # generation calls the encoder by itself; and each half reads masks of its own
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return [model.get_encoder(), model.get_decoder()]
+    return [model]
 
 
 def _on_meta() -> bool:

@@ -1,0 +1,279 @@
+"""The command line: one verb a job."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+app = typer.Typer(
+    help="Teach a pretrained model new knowledge, task after task, without losing what it knew.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console()
+_EXPECTED = (ValueError, OSError, ImportError, TypeError)
+_DEMO_METHODS = ("seq-lora", "am-lora")
+
+
+def run() -> None:
+    """The entry point: expected errors in one red paragraph, anything else with its traceback."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        app()
+    except _EXPECTED as error:
+        if os.environ.get("FOLKLORA_TRACEBACK"):
+            raise
+        Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False)
+        raise SystemExit(1) from error
+    except KeyboardInterrupt:
+        Console(stderr=True).print("interrupted; --resume goes on after the last finished task", style="yellow")
+        raise SystemExit(130) from None
+
+
+@app.command("methods")
+def list_methods(
+    room: Annotated[str | None, typer.Option(help="Only this room: adapters or continual.")] = None,
+) -> None:
+    """List the methods: name, room, what is trained, source."""
+    from folklora import methods
+
+    table = Table(box=None, header_style="bold")
+    for heading in ("name", "room", "what is trained", "paper"):
+        table.add_column(heading)
+    for method in methods(room):
+        table.add_row(method.name, method.room, method.trains, method.paper)
+    console.print(table)
+
+
+@app.command()
+def learn(
+    model: Annotated[str | None, typer.Option(help="Folder or hub name of the base model.")] = None,
+    tasks: Annotated[
+        list[str] | None, typer.Option(help="A task, in order: a folder, NAME=TRAIN.jsonl,TEST.jsonl or hub:ORG/NAME.")
+    ] = None,
+    method: Annotated[list[str] | None, typer.Option(help="How the stream is learnt; see `folklora methods`.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The run directory to write.")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="option=value, such as r=16 or epochs=3.")] = None,
+    config: Annotated[Path | None, typer.Option(help="A YAML file with any of these options.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="Template for tasks of text and label; holds {text}.")] = None,
+    metric: Annotated[str | None, typer.Option(help="auto, rank or exact.")] = None,
+    validation: Annotated[float | None, typer.Option(help="Share of training examples to score on instead.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of everything drawn.")] = None,
+    demo: Annotated[bool, typer.Option("--demo", help="The embedded model and its five tasks.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in OUT.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run in OUT.")] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Let the model's own code run on this machine.")
+    ] = False,
+) -> None:
+    """Teach a model tasks one after another; measure after each what it knows of all of them."""
+    from folklora.stream.learn import learn as teach
+
+    _hush()
+    given = {
+        "model": model, "tasks": tasks, "method": method, "out": out, "prompt": prompt, "metric": metric,
+        "validation": validation, "seed": seed,
+    }  # fmt: skip
+    arguments = _arguments(given, set_ or [], config)
+    if demo:
+        arguments = _demo_arguments(arguments)
+    missing = [f"--{name}" for name in ("model", "tasks", "out") if not arguments.get(name)]
+    if missing:
+        raise ValueError(f"learn needs {', '.join(missing)} (or --demo with --out)")
+    if trust_remote_code:
+        arguments["trust_remote_code"] = True
+    with _Display() as display:
+        finished = teach(**arguments, resume=resume, overwrite=overwrite, progress=display.tell)
+    _show(finished)
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Run directories.")],
+    out: Annotated[Path | None, typer.Option(help="A folder for compare.html and compare.json.")] = None,
+) -> None:
+    """One table of several runs; equal runs with different seeds become mean and spread."""
+    from folklora.stream.compare import compare_runs, render_table
+
+    console.print(render_table(compare_runs(runs, out)))
+    if out is not None:
+        console.print(f"written: {out / 'compare.html'}")
+
+
+@app.command()
+def report(run_directory: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]) -> None:
+    """Write RUN/report.html: matrices, accuracy over the stream, attention, losses; one file, no network."""
+    from folklora.stream.report import write_report
+
+    console.print(f"written: {write_report(run_directory)}")
+
+
+@app.command()
+def export(
+    adapter: Annotated[Path, typer.Argument(help="A saved adapter's folder.")],
+    model: Annotated[str, typer.Option(help="Folder or hub name of its base model.")],
+    out: Annotated[Path, typer.Option(help="The folder to write.")],
+) -> None:
+    """Write an adapter as a plain LoRA that stock PEFT and vLLM load."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    from folklora import export_lora
+
+    _hush()
+    if not (adapter / "adapter_model.safetensors").is_file():
+        raise ValueError(f"{adapter} holds no adapter_model.safetensors")
+    kind = AutoModelForSeq2SeqLM if AutoConfig.from_pretrained(model).is_encoder_decoder else AutoModelForCausalLM
+    base = kind.from_pretrained(model, dtype=torch.float32, use_safetensors=True)
+    ranks = export_lora(PeftModel.from_pretrained(base, str(adapter)), out)
+    spread = sorted(set(ranks.values()))
+    console.print(f"written: {out}  ({len(ranks)} layers, LoRA rank {', '.join(map(str, spread))}, scaling 1)")
+
+
+@app.command()
+def env() -> None:
+    """Versions and devices, for a bug report."""
+    import importlib.metadata
+    import platform
+
+    import torch
+
+    table = Table(box=None, show_header=False)
+    table.add_row("python", platform.python_version())
+    for name in ("folklora", "torch", "transformers", "peft", "trl", "accelerate", "datasets", "safetensors"):
+        try:
+            table.add_row(name, importlib.metadata.version(name))
+        except importlib.metadata.PackageNotFoundError:
+            table.add_row(name, "not installed")
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    table.add_row("devices", ", ".join(gpus) or "CPU only")
+    console.print(table)
+
+
+def _arguments(given: dict[str, Any], pairs: list[str], config: Path | None) -> dict[str, Any]:
+    """The options of the file, then of the command line, as arguments of `folklora.learn`."""
+    from folklora.stream.options import parse_options
+
+    arguments: dict[str, Any] = _read_config(config, set(given)) if config is not None else {}
+    arguments.update({name: value for name, value in given.items() if value is not None})
+    arguments["options"] = {**arguments.pop("set", {}), **parse_options(pairs)}
+    if isinstance(arguments.get("tasks"), str):
+        arguments["tasks"] = [arguments["tasks"]]
+    return arguments
+
+
+def _read_config(path: Path, known: set[str]) -> dict[str, Any]:
+    import yaml
+
+    try:
+        read = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not valid YAML: {error}") from error
+    if not isinstance(read, dict):
+        raise ValueError(f"{path}: expected options by name, found {type(read).__name__}")
+    unknown = sorted(set(read) - known - {"set"})
+    if unknown:
+        allowed = ", ".join(sorted(known | {"set"}))
+        raise ValueError(f"{path}: unknown option {', '.join(map(str, unknown))}; known: {allowed}")
+    return read
+
+
+def _demo_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
+    from folklora.demo import demo_options, model_folder
+    from folklora.demo.tasks import demo_tasks
+
+    fixed = sorted({"model", "tasks"} & set(arguments))
+    if fixed:
+        raise ValueError(f"--demo brings its own {' and '.join(fixed)}; leave out --{' --'.join(fixed)}")
+    seed = int(arguments.get("seed") or 0)
+    return {
+        "method": list(_DEMO_METHODS),
+        **arguments,
+        "model": str(model_folder()),
+        "tasks": demo_tasks(seed),
+        "options": {**demo_options(), **arguments["options"]},
+    }
+
+
+def _show(finished: Any) -> None:
+    from accelerate import PartialState
+
+    from folklora.stream.compare import matrix_table
+
+    if not PartialState().is_main_process:
+        return
+    results = finished.results
+    for name, entry in results["methods"].items():
+        console.print(matrix_table(name, entry, results["tasks"]))
+    report_file = finished.path / "report.html"
+    if report_file.is_file():
+        console.print(f"report: {report_file}")
+
+
+def _hush() -> None:
+    """Quiet the libraries underneath: what matters is said by the progress display."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    transformers.logging.set_verbosity_error()
+    for name in ("accelerate", "datasets", "trl"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="trl|peft|torch|transformers|datasets|accelerate")
+
+
+class _Display:
+    """Shows what a stream is doing: a bar for the task's steps, a line for each finished row."""
+
+    def __init__(self) -> None:
+        self.live = console.is_terminal
+        self.bar = Progress(
+            SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(),
+            TextColumn("{task.fields[note]}"), console=console, transient=True,
+        )  # fmt: skip
+        self.current = self.bar.add_task("starting", total=None, note="")
+        self.method, self.stages = "", 0
+
+    def __enter__(self) -> _Display:
+        if self.live:
+            self.bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.live:
+            self.bar.stop()
+
+    def tell(self, event: str, **details: Any) -> None:
+        """Take one event of `folklora.learn`."""
+        from accelerate import PartialState
+
+        if PartialState().is_main_process:
+            getattr(self, f"_on_{event}")(**details)
+
+    def _on_method(self, method: str, stages: int, done: int) -> None:
+        self.method, self.stages = method, stages
+        after = f", going on after {done}" if done else ""
+        console.print(f"[bold]{method}[/bold]: {stages} task{'s' * (stages > 1)}{after}")
+
+    def _on_train(self, method: str, task: str, index: int, examples: int) -> None:
+        text = f"{method}: learning {task} ({index + 1} of {self.stages})"
+        self.bar.reset(self.current, description=text, total=None, note=f"{examples} examples")
+
+    def _on_step(self, step: int, steps: int, loss: float | None) -> None:
+        note = "" if loss is None else f"loss {loss:.3f}"
+        self.bar.update(self.current, completed=step, total=steps, note=note)
+
+    def _on_evaluate(self, task: str, index: int) -> None:
+        self.bar.update(self.current, description=f"{self.method}: asking {task}", total=None, note="")
+
+    def _on_row(self, method: str, index: int, row: list[float]) -> None:
+        console.print(f"  after task {index + 1}:  " + "  ".join(f"{value:5.1f}" for value in row), highlight=False)

@@ -1,0 +1,95 @@
+"""Every adapter method that is installed passes every check of `folklora.check`, or is excepted from it in words."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from folklora import LoRA, check, methods, tiny
+from folklora.adapters.lora import LoRAUpdate
+
+METHODS = {method.name: method.factory for method in methods("adapters")}
+
+
+@pytest.mark.parametrize("name", check.CHECKS)
+@pytest.mark.parametrize("method", METHODS)
+def test_method_passes(method: str, name: str) -> None:
+    result = check.run_check(METHODS[method], name)
+    if result.outcome == "skipped":
+        pytest.skip(result.message)
+    if result.outcome == "excepted":
+        pytest.xfail(result.message)
+    assert result.outcome == "passed", result.message
+
+
+def test_every_exception_names_a_method_and_a_check() -> None:
+    unknown = [key for key in check.EXCEPTIONS if key[0] not in METHODS or key[1] not in check.CHECKS]
+    assert unknown == []
+    assert all(sentence.strip() for sentence in check.EXCEPTIONS.values())
+
+
+@dataclass
+class Careless(LoRA):
+    method: str = "careless"
+
+    def update(self, weight: torch.Tensor) -> CarelessUpdate:
+        plain = super().update(weight)
+        return CarelessUpdate(plain.A, plain.B, plain.scale)
+
+    def trainable_count(self, shape: tuple[int, int]) -> int:
+        return self.r
+
+
+class CarelessUpdate(LoRAUpdate):
+    def factors(self, x: torch.Tensor | None = None, mask: torch.Tensor | None = None) -> object:
+        return super().factors().scale(float(torch.rand(())))
+
+
+def test_a_wrong_method_is_told_everything_that_is_wrong_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    # compiling takes seconds, and the method is wrong in enough other ways
+    monkeypatch.delitem(check.CHECKS, "compile")
+    with pytest.raises(check.ConformanceError) as caught:
+        check.check_method(Careless)
+    message = str(caught.value)
+    assert message.startswith("careless fails ")
+    assert "trainable_count says 24" in message.partition("trainable_count: ")[2]
+    assert "determinism: the logits of a second pass: not equal bit for bit" in message
+    assert "save: ValueError: there is no method 'careless'" in message
+    assert "frozen:" not in message
+
+
+def test_options_reach_the_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr(check, "CHECKS", {"seen": seen.append})
+    check.check_method(LoRA, alpha=3.0)
+    check.check_method(LoRA(r=2, target_modules="all-linear"), alpha=5.0)
+    assert [(config.r, config.alpha, config.target_modules) for config in seen] == [
+        (4, 3.0, tiny.TARGETS),
+        (2, 5.0, "all-linear"),
+    ]
+
+
+def test_an_exception_that_is_out_of_date_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(check.EXCEPTIONS, ("lora", "disable"), "it cannot")
+    result = check.run_check(LoRA, "disable")
+    assert result.outcome == "failed"
+    assert "out of date" in result.message
+
+
+def test_what_cannot_run_here_is_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    def check_nothing(config: LoRA) -> None:
+        raise check.NotHereError("no such device")
+
+    monkeypatch.setitem(check.CHECKS, "nothing", check_nothing)
+    assert check.run_check(LoRA, "nothing") == check.Result("lora", "nothing", "skipped", "no such device")
+
+
+def test_no_decomposition_is_noticed_however_it_is_called() -> None:
+    matrix = torch.randn(4, 4)
+    for decompose in (torch.linalg.svd, torch.linalg.eigh, torch.linalg.qr, torch.svd_lowrank, torch.linalg.inv):
+        with tiny.NoDecomposition(), pytest.raises(AssertionError, match="decomposition"):
+            decompose(matrix)
+    with tiny.NoDecomposition():
+        assert torch.linalg.norm(matrix) > 0
