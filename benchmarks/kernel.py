@@ -3,25 +3,22 @@
     python benchmarks/kernel.py --shape 1b --out results.json
 
 One Llama-shaped base with random weights serves all contenders in turn (inject, measure, unload). Each of their steps
-follows one of the bare frozen base's, and its ratio is to that one, so that a machine that drifts spoils no comparison.
-A step is forward and backward to the adapters. Every contender takes the same embedded input and also returns the
-input's gradient, which is all that the base computes.
+follows one of the bare frozen base's, and its ratio is to that one: a machine that drifts spoils no comparison.
+A step is forward and backward to the adapters and to the embedded input, whose gradient is all that the base computes.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import dataclasses
 import datetime
 import gc
 import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -30,6 +27,7 @@ import torch
 import transformers
 from peft import LoraConfig, PeftConfig, get_peft_model
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import folklora
@@ -56,6 +54,8 @@ COLUMNS = {
     "activations, GiB": ("activation_gib", ".2f"),
     "peak, GiB": ("peak_gib", ".2f"),
     "gradient norm": ("gradient_norm", ".4g"),
+    "from PEFT's": ("gradient_from_peft", ".1e"),
+    "start, s": ("start_seconds", ".1f"),
 }
 
 
@@ -67,6 +67,7 @@ class Contender:
     config: Callable[[], PeftConfig] | None = None
     float32: bool = True  # PEFT's autocast_adapter_dtype: a float32 adapter over a base of lower precision
     autocast: bool = False  # the forward pass runs under autocast to bfloat16
+    decomposes: bool = False  # the weights, for its start values
     same_start: bool = False  # all such start from the same A and B: their losses and gradients must agree
     compiled: bool = False  # each decoder block is
 
@@ -75,24 +76,23 @@ def contenders(rank: int, mixed: bool, compiled: bool) -> list[Contender]:
     """The rows in order; `mixed`: the base is bfloat16 on a GPU, so that the adapter's precision is a choice."""
     common = {"r": rank, "target_modules": LINEAR, "task_type": "CAUSAL_LM"}
     theirs = Contender("PEFT LoRA", partial(LoraConfig, lora_alpha=2 * rank, **common), same_start=True)
-    low = dataclasses.replace(theirs, name="PEFT LoRA, bf16 adapters", float32=False)
+    low = replace(theirs, name="PEFT LoRA, bf16 adapters", float32=False)
     ours = Contender("Folklora LoRA", partial(LoRA, alpha=2 * rank, **common), same_start=True)
     am_lora = partial(AMLoRA, dropout=0.0, **common)
     four = Contender("Folklora AM-LoRA, 4 tasks", partial(am_lora, tasks=4))
-    rows = [
-        Contender("Folklora KaSA", partial(KaSA, **common)),
-        Contender("Folklora PiSSA", partial(PiSSA, **common)),
+    rows = [theirs, ours]
+    if mixed:
+        under = [replace(row, name=f"{row.name}, autocast", autocast=True) for row in rows]
+        rows = [theirs, under[0], low, ours, under[1]]
+    rows += [
+        Contender("Folklora KaSA", partial(KaSA, **common), decomposes=True),
+        Contender("Folklora PiSSA", partial(PiSSA, **common), decomposes=True),
         Contender("Folklora AM-LoRA, 1 task", am_lora),
         four,
         Contender("Folklora AM-LoRA, 4 tasks, dropout 0.1", partial(am_lora, tasks=4, dropout=0.1)),
     ]
-    if mixed:
-        under = [dataclasses.replace(row, name=f"{row.name}, autocast", autocast=True) for row in (theirs, ours)]
-        rows = [theirs, under[0], low, ours, under[1], *rows]
-    else:
-        rows = [theirs, ours, *rows]
     again = [Contender("frozen base"), low if mixed else theirs, ours, four] if compiled else []
-    return rows + [dataclasses.replace(row, name=f"{row.name}, compiled", compiled=True) for row in again]
+    return rows + [replace(row, name=f"{row.name}, compiled", compiled=True) for row in again]
 
 
 @dataclass
@@ -102,13 +102,12 @@ class Bench:
     base: nn.Module
     inputs: Tensor
     labels: Tensor
-    repeats: int
-    decomposed: int
+    options: argparse.Namespace
     reference: dict[str, Any] | None = None
     problems: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.device, self.cuda = self.inputs.device, self.inputs.is_cuda
+        self.cuda = self.inputs.is_cuda
         # each of L blocks rounds a few times, and the errors add in squares
         self.bound = 2 * torch.finfo(self.inputs.dtype).eps * self.base.config.num_hidden_layers**0.5
         blocks = self.base.model.layers
@@ -127,44 +126,40 @@ class Bench:
             setattr(owner, name, part)
 
 
-def build(shape: str, device: torch.device, size: tuple[int, int], repeats: int, decomposed: int) -> Bench:
+def build(options: argparse.Namespace) -> Bench:
     """A frozen Llama with random weights, made on the device in its final precision, and random tokens for it."""
-    sizes = dict(zip(SIZES, SHAPES[shape], strict=True))
-    config = LlamaConfig(vocab_size=VOCABULARY, max_position_embeddings=size[1], use_cache=False, **sizes)
+    sizes = dict(zip(SIZES, SHAPES[options.shape], strict=True))
+    config = LlamaConfig(vocab_size=VOCABULARY, max_position_embeddings=options.length, use_cache=False, **sizes)
     torch.manual_seed(0)
-    with torch.device(device):
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        base = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
-        tokens = torch.randint(VOCABULARY, size)
+    with torch.device(options.device):
+        base = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, options.dtype), attn_implementation="sdpa")
+        tokens = torch.randint(VOCABULARY, (options.batch, options.length))
     base.requires_grad_(False).train()
-    return Bench(base, base.get_input_embeddings()(tokens), tokens, repeats, decomposed)
+    return Bench(base, base.get_input_embeddings()(tokens), tokens, options)
 
 
 def time_start(config: PeftConfig, limit: int) -> dict[str, Any]:
-    """Have a configuration's decompositions timed, and all after the first `limit` replaced by copies.
-
-    A step takes as long whatever the values are, and the blocks are alike.
-    """
+    """Have a configuration's decompositions timed; after `limit` copies of them do, and count as long."""
     decompose, made = config.update, []
-    found = {"seconds": 0.0, "layers_measured": 0, "layers": 0}
+    found = {"start_layers": 0, "start_seconds": 0.0}
 
     def update(weight: Tensor) -> nn.Module:
-        found["layers"] += 1
+        found["start_layers"] += 1
         if len(made) == limit:
-            return copy.deepcopy(made[(found["layers"] - 1) % len(LINEAR)])
-        begun = now(weight.device)
+            found["start_seconds"] *= found["start_layers"] / (found["start_layers"] - 1)
+            return copy.deepcopy(made[(found["start_layers"] - 1) % len(LINEAR)])
+        begun = now()
         made.append(decompose(weight))
-        found["seconds"] += now(weight.device) - begun
-        found["layers_measured"] += 1
+        found["start_seconds"] += now() - begun
         return made[-1]
 
     config.update = update
     return found
 
 
-def now(device: torch.device) -> float:
+def now() -> float:
     """Seconds, after all work on the device is done."""
-    if device.type == "cuda":
+    if torch.cuda.is_initialized():
         torch.cuda.synchronize()
     return time.perf_counter()
 
@@ -172,85 +167,76 @@ def now(device: torch.device) -> float:
 @contextmanager
 def injected(bench: Bench, contender: Contender) -> Iterator[tuple[nn.Module, dict[str, Any]]]:
     """The base with the contender's adapter on it, and its start's timing; the plain base again afterwards."""
-    model, found = bench.base, {}
-    if contender.config is not None:
-        config = contender.config()
-        if isinstance(config, KaSA | PiSSA):
-            found["initialisation"] = time_start(config, bench.decomposed * len(LINEAR))
-        model = get_peft_model(bench.base, config, autocast_adapter_dtype=contender.float32).train()
-        set_start(model, contender.same_start)
-    for block in bench.base.model.layers if contender.compiled else []:
-        block.compile(dynamic=False)
+    model, start, limit = bench.base, {}, bench.options.init_blocks * len(LINEAR)
     try:
-        yield model, found
-    finally:
         if contender.config is not None:
+            config = contender.config()
+            start = time_start(config, limit) if contender.decomposes else {}
+            model = get_peft_model(bench.base, config, autocast_adapter_dtype=contender.float32).train()
+            set_start(model, contender.same_start)
+        for block in bench.base.model.layers if contender.compiled else []:
+            block.compile(dynamic=False)
+        yield model, start
+    finally:
+        if model is not bench.base:
             model.unload()
         bench.put(bench.plain)
 
 
 @torch.no_grad()
 def set_start(model: nn.Module, draw_all: bool) -> None:
-    """Draw the adapter's values where they are zero (zeros multiply faster than real data), or all that is trained.
-
-    The draws are the same for every adapter with these shapes, and exact in bfloat16.
-    """
+    """Draw the adapter's values where they are zero (zeros multiply faster than real data), or all that is trained."""
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(1)
     for name, parameter in model.named_parameters():
         if "lora_" in name and (not parameter.any() or (draw_all and parameter.requires_grad)):
             values = torch.randn(parameter.shape, generator=generator, device=device) * 0.02
+            # exact in either precision, so that adapters of both can start alike
             parameter.copy_(values.to(torch.bfloat16))
 
 
 def step(bench: Bench, model: nn.Module, autocast: bool) -> tuple[Tensor, Tensor]:
     """Forward and backward; the loss, and the input with its gradient."""
     inputs = bench.inputs.detach().requires_grad_()
-    with torch.autocast(bench.device.type, torch.bfloat16, enabled=autocast):
+    with torch.autocast(bench.inputs.device.type, torch.bfloat16, enabled=autocast):
         loss = model(inputs_embeds=inputs, labels=bench.labels).loss
     loss.backward()
     return loss.detach(), inputs
-
-
-def mark(device: torch.device) -> Any:
-    """A moment in the device's stream of work."""
-    if device.type != "cuda":
-        return time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
-
-
-def milliseconds(start: Any, end: Any) -> float:
-    return 1000 * (end - start) if isinstance(start, float) else start.elapsed_time(end)
 
 
 def timed(bench: Bench, model: nn.Module, contender: Contender) -> dict[str, Any]:
     """Times of a step and of one with AdamW's, each after one of the base's; medians and quartiles."""
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=bench.cuda) if trained else None
-    adapted, marks = bench.parts(), []
-    for _ in range(WARMUPS + bench.repeats):
+    adapted, base, own, whole = bench.parts(), [], [], []
+    for _ in range(WARMUPS + bench.options.repeats):
         bench.put(bench.plain)
-        moments = [mark(bench.device)]
+        begun = mark(bench)
         step(bench, bench.base, False)
-        moments.append(mark(bench.device))
+        base.append((begun, mark(bench)))
         bench.put(adapted)
         model.zero_grad(set_to_none=True)
-        moments.append(mark(bench.device))
+        begun = mark(bench)
         step(bench, model, contender.autocast)
-        moments.append(mark(bench.device))
+        own.append((begun, mark(bench)))
         if optimizer is not None:
             optimizer.step()
-        marks.append([*moments, mark(bench.device)])
-    now(bench.device)
-    marks = marks[WARMUPS:]
-    base, own = ([milliseconds(m[i], m[i + 1]) for m in marks] for i in (0, 2))
-    low, ratio, high = statistics.quantiles([b / a for a, b in zip(base, own, strict=True)], n=4)
-    found = {"step_ms": statistics.median(own), "base_ms": statistics.median(base), "steps_ms": own, "bases_ms": base}
-    if optimizer is not None:
-        found["with_adamw_ms"] = statistics.median(milliseconds(m[2], m[4]) for m in marks)
+            whole.append((begun, mark(bench)))
+    now()
+    bases, steps = milliseconds(base), milliseconds(own)
+    low, ratio, high = statistics.quantiles([b / a for a, b in zip(bases, steps, strict=True)], n=4)
+    found = {"step_ms": statistics.median(steps), "base_ms": statistics.median(bases), "all_ms": [bases, steps]}
+    found |= {"with_adamw_ms": statistics.median(milliseconds(whole))} if whole else {}
     return found | {"ratio": ratio, "ratio_half_iqr": (high - low) / 2}
+
+
+def mark(bench: Bench) -> Any:
+    """A moment in the device's stream of work."""
+    return torch.cuda.current_stream().record_event(torch.cuda.Event(enable_timing=True)) if bench.cuda else now()
+
+
+def milliseconds(laps: list[tuple[Any, Any]]) -> list[float]:
+    return [1000 * (b - a) if isinstance(a, float) else a.elapsed_time(b) for a, b in laps[WARMUPS:]]
 
 
 def first_steps(bench: Bench, model: nn.Module, contender: Contender) -> dict[str, Any]:
@@ -267,52 +253,44 @@ def first_steps(bench: Bench, model: nn.Module, contender: Contender) -> dict[st
         peak = torch.cuda.max_memory_allocated()
         found = {"activation_gib": (peak - before) / 2**30, "peak_gib": peak / 2**30}
     trained = [p for p in model.parameters() if p.requires_grad]
-    gradients = [p.grad for p in trained if p.grad is not None] if trained else [inputs.grad]
-    norms = [torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients]
-    norm = torch.linalg.vector_norm(torch.stack(norms)).item() if norms else 0.0
+    gradients = [p.grad.float() for p in trained if p.grad is not None] if trained else [inputs.grad.float()]
+    norm = get_total_norm(gradients).item()
     found |= {"loss": loss.item(), "gradient_norm": norm, "trainable": sum(p.numel() for p in trained)}
     if len(gradients) < len(trained) or not 0 < norm < float("inf") or not torch.isfinite(loss):
-        bench.problems.append(
-            f"{contender.name}: loss {loss.item()}, gradient norm {norm}, gradients for {len(gradients)} of "
-            f"{len(trained)} parameters"
-        )
+        bench.problems.append(f"{contender.name}: loss {loss}, gradient norm {norm}, {len(gradients)} gradients")
     elif contender.same_start:
-        found["agreement"] = compare(bench, contender, found, [g.float().cpu() for g in gradients])
+        found |= compare(bench, contender.name, found, [g.cpu() for g in gradients])
     return found
 
 
-def compare(bench: Bench, contender: Contender, found: dict[str, Any], gradients: list[Tensor]) -> dict[str, Any]:
+def compare(bench: Bench, name: str, found: dict[str, Any], gradients: list[Tensor]) -> dict[str, float]:
     """Relative differences from the first LoRA, which has the same A and B; a problem where one of ours is beyond."""
     if bench.reference is None:
-        bench.reference = found | {"name": contender.name, "gradients": gradients}
-    other = bench.reference
-    norms = [torch.linalg.vector_norm(g - h) for g, h in zip(gradients, other["gradients"], strict=True)]
-    differences = {key: abs(found[key] / other[key] - 1) for key in ("loss", "gradient_norm")}
-    differences["gradient"] = torch.linalg.vector_norm(torch.stack(norms)).item() / other["gradient_norm"]
+        bench.reference = found | {"gradients": gradients}
+    peft_found = bench.reference
+    differences = {key: abs(found[key] / peft_found[key] - 1) for key in ("loss", "gradient_norm")}
+    apart = get_total_norm([g - h for g, h in zip(gradients, peft_found["gradients"], strict=True)]).item()
+    differences["gradient"] = apart / peft_found["gradient_norm"]
     for key, difference in differences.items():
         # a norm averages over what makes single elements differ
         bound = bench.bound * (2 if key == "gradient" else 1)
-        if contender.name.startswith("Folklora") and not difference <= bound:
-            bench.problems.append(
-                f"{contender.name}: its {key} is {difference:.1e} from that of {other['name']} with the same A and B; "
-                f"rounding explains at most {bound:.1e}"
-            )
-    return {"with": other["name"], **differences}
+        if name.startswith("Folklora") and not difference <= bound:
+            bench.problems.append(f"{name}: {key} {difference:.1e} from PEFT's, beyond rounding's {bound:.1e}")
+    return {f"{key}_from_peft": difference for key, difference in differences.items()}
 
 
 def measure(bench: Bench, contender: Contender) -> dict[str, Any]:
     """A contender's row."""
     gc.collect()
+    torch.cuda.empty_cache()
     torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    if bench.cuda:
-        torch.cuda.empty_cache()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
     row: dict[str, Any] = {"name": contender.name}
     try:
         with injected(bench, contender) as (model, start):
             row |= start | first_steps(bench, model, contender) | timed(bench, model, contender)
         if contender.compiled:
-            counters = torch._dynamo.utils.counters
             row |= {"graphs": counters["stats"]["unique_graphs"], "breaks": sum(counters["graph_break"].values())}
     except torch.OutOfMemoryError:
         row["failed"] = "out of memory"
@@ -331,100 +309,87 @@ def decompositions(weight: Tensor, rank: int) -> dict[str, float]:
         "bottom_factors": partial(bottom_factors, count=rank),
         "torch.linalg.svd": partial(torch.linalg.svd, full_matrices=False),
     }
-    seconds = {}
+    seconds, small = {}, max(rank, len(weight) // 4)
     for name, way in ways.items():
-        way(weight[: 2 * rank, : 2 * rank])
-        begun = now(weight.device)
+        way(weight[:small, :small])
+        begun = now()
         way(weight)
-        seconds[name] = now(weight.device) - begun
+        seconds[name] = now() - begun
     return seconds
 
 
 def base_row(bench: Bench, first: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The base as a row: the median over all blocks of its steps, the first, the last, and how far they lie apart."""
+    """The base as a row: the median over all rows' medians of it, the first, the last, and how far they lie apart."""
     times = [row["base_ms"] for row in rows if "base_ms" in row]
     again = first_steps(bench, bench.base, Contender("frozen base"))["loss"]
     if not abs(again / first["loss"] - 1) <= bench.bound:
         bench.problems.append(f"the base's loss was {first['loss']} at first and is {again} now: it was not restored")
-    row = first | {"step_ms": statistics.median(times), "first_ms": times[0], "last_ms": times[-1], "ratio": 1.0}
-    config, (batch, length) = bench.base.config, bench.labels.shape
+    row = first | {"name": "frozen base", "step_ms": statistics.median(times), "ratio": 1.0}
     weights = sum(module.weight.numel() for module in bench.base.modules() if isinstance(module, nn.Linear))
     # causal attention has two products forward and five backward, each over half of the pairs of positions
-    attention = 7.0 * config.num_hidden_layers * batch * length**2 * config.hidden_size
-    speed = (4.0 * batch * length * weights + attention) / row["step_ms"] / 1e9
-    return row | {"name": "frozen base", "spread": max(times) / min(times) - 1, "matrix_teraflops_per_second": speed}
+    attention = 7.0 * bench.inputs.numel() * bench.options.length * len(bench.base.model.layers)
+    speed = (4.0 * bench.labels.numel() * weights + attention) / row["step_ms"] / 1e9
+    return row | {"medians_ms": times, "spread": max(times) / min(times) - 1, "matrix_teraflops_per_second": speed}
 
 
-def describe(bench: Bench, shape: str, rank: int) -> dict[str, Any]:
-    """The machine, the versions and what was measured, in words."""
-    processor = f"CPU {platform.machine()}, {torch.get_num_threads()} threads"
-    return {
-        "device": torch.cuda.get_device_name() if bench.cuda else processor,
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "versions": {library.__name__: str(library.__version__) for library in (torch, transformers, peft, folklora)},
-        "shape": shape,
-        "sizes": dict(zip(SIZES, SHAPES[shape], strict=True)) | {"vocab_size": VOCABULARY},
-        "parameters": sum(p.numel() for p in bench.base.parameters()),
-        "dtype": str(bench.inputs.dtype).removeprefix("torch."),
-        "batch": list(bench.labels.shape),
-        "rank": rank,
-    }
-
-
-def markdown(machine: dict[str, Any], rows: list[dict[str, Any]], one: dict[str, float]) -> str:
-    """The figures as a table between the machine and what does not fit in a table."""
-    size = " x ".join(map(str, machine["batch"]))
-    notes = [f"- base {rows[0]['first_ms']:.2f} ms at first, {rows[0]['last_ms']:.2f} at last, "]
-    notes[0] += f"its medians within {rows[0]['spread']:.1%}; {rows[0]['matrix_teraflops_per_second']:.3g} TFLOP/s"
-    for row in rows:
-        if agreement := row.get("agreement"):
-            found = ", ".join(f"{key} {agreement[key]:.1e}" for key in ("loss", "gradient_norm", "gradient"))
-            notes.append(f"- {row['name']} from {agreement['with']}, same A and B: {found}")
-        if start := row.get("initialisation"):
-            seconds = start["seconds"] * start["layers"] / start["layers_measured"]
-            notes.append(f"- {row['name']} starts in {seconds:.1f} s ({{layers_measured}} of {{layers}} layers ")
-            notes[-1] = notes[-1].format(**start) + "measured)"
-    notes.append(
-        "- one float32 weight, hidden x hidden: " + ", ".join(f"{name} {value:.3f} s" for name, value in one.items())
-    )
+def markdown(about: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+    """The figures as a table, after what does not fit in it."""
+    times, one = rows[0]["medians_ms"], about["one_weight_seconds"].items()
     table = [f"| contender | {' | '.join(COLUMNS)} |", "| --- |" + " --: |" * len(COLUMNS)]
     for row in rows:
         cells = [format(row[key], form) if key in row else "-" for key, form in COLUMNS.values()]
         table.append(f"| {row['name']}{': ' + row['failed'] if 'failed' in row else ''} | {' | '.join(cells)} |")
-    title = f"{machine['device']}, torch {machine['versions']['torch']}, {machine['date'][:10]}: Llama "
-    title += f"{machine['shape']}, {machine['dtype']}, batch {size}, rank {machine['rank']}"
-    return "\n".join([*notes, "", title, "", *table])
+    return (
+        f"\n{about['machine']}, torch {about['versions']['torch']}, {about['date'][:10]}: Llama {about['shape']}, "
+        f"{about['dtype']}, batch {about['batch']} x {about['length']}, rank {about['rank']}\n\n"
+        f"- Base: first {times[0]:.2f} ms, last {times[-1]:.2f} ms, all within {rows[0]['spread']:.1%}; "
+        f"{rows[0]['matrix_teraflops_per_second']:.3g} TFLOP/s in matrix products\n- Memory: of a step without AdamW\n"
+        f"- Start: timed in {about['init_blocks']} of {about['sizes']['num_hidden_layers']} blocks and scaled to all; "
+        f"one float32 weight, hidden x hidden: {', '.join(f'{name} {value:.3f} s' for name, value in one)}\n\n"
+    ) + "\n".join(table)
 
 
-def main() -> int:
+def read_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="tiny")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--batch", type=int, help="8 on a GPU (4 for 8b), 1 on a CPU")
     parser.add_argument("--length", type=int, help="2048 on a GPU, 64 on a CPU")
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--repeats", type=int, default=10, help="timed steps, at least 2")
     parser.add_argument("--init-blocks", type=int, help="blocks whose weights are decomposed (all; 2 for 8b)")
     parser.add_argument("--compile", action="store_true", help="add compiled variants")
     parser.add_argument("--out", help="write the figures here, as JSON")
-    args = parser.parse_args()
-    cuda, large = args.device == "cuda", args.shape == "8b"
-    size = (args.batch or ((4 if large else 8) if cuda else 1), args.length or (2048 if cuda else 64))
-    blocks = args.init_blocks or (2 if large else SHAPES[args.shape][1])
-    bench = build(args.shape, torch.device(args.device), size, args.repeats, blocks)
+    options = parser.parse_args()
+    cuda, large = options.device == "cuda", options.shape == "8b"
+    options.dtype = "bfloat16" if cuda else "float32"
+    options.batch = options.batch or ((4 if large else 8) if cuda else 1)
+    options.length = options.length or (2048 if cuda else 64)
+    options.init_blocks = options.init_blocks or (2 if large else SHAPES[options.shape][1])
+    return options
+
+
+def main() -> int:
+    options = read_options()
+    bench = build(options)
     first = first_steps(bench, bench.base, Contender("frozen base"))
-    rows = [measure(bench, contender) for contender in contenders(args.rank, cuda, args.compile)]
+    # first, so that the decompositions that are timed for the rows start warm
+    seconds = decompositions(bench.base.model.layers[0].self_attn.q_proj.weight.float(), options.rank)
+    rows = [measure(bench, one) for one in contenders(options.rank, options.dtype != "float32", options.compile)]
     rows.insert(0, base_row(bench, first, rows))
-    machine = describe(bench, args.shape, args.rank)
-    one = decompositions(bench.base.model.layers[0].self_attn.q_proj.weight.float(), args.rank)
-    if args.out:
-        results = {"machine": machine, "rows": rows, "one_weight_seconds": one, "problems": bench.problems}
-        write_json(args.out, results)
-    print("\n" + markdown(machine, rows, one))
-    if bench.problems:
-        print("\nPROBLEMS\n" + "\n".join(bench.problems))
+    processor = f"CPU {platform.machine()}, {torch.get_num_threads()} threads"
+    about = vars(options) | {
+        "machine": torch.cuda.get_device_name() if bench.cuda else processor,
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "versions": {library.__name__: str(library.__version__) for library in (torch, transformers, peft, folklora)},
+        "sizes": dict(zip(SIZES, SHAPES[options.shape], strict=True)) | {"vocab_size": VOCABULARY},
+        "one_weight_seconds": seconds,
+    }
+    if options.out:
+        write_json(options.out, about | {"rows": rows, "problems": bench.problems})
+    print(markdown(about, rows), *(f"PROBLEM: {problem}" for problem in bench.problems), sep="\n")
     return 1 if bench.problems else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import math
 from pathlib import Path
@@ -112,10 +111,6 @@ def assert_close32(actual: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(actual.double(), expected.double(), rtol=0, atol=tolerance)
 
 
-def assert_identical(before: list[Tensor], after: list[Tensor]) -> None:
-    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
-
-
 @pytest.mark.parametrize("granularity", ["token", "sequence"])
 @pytest.mark.parametrize("score_activation", ["identity", "tanh"])
 @pytest.mark.parametrize("zero_slot", [True, False])
@@ -196,36 +191,6 @@ def test_the_first_lora_without_a_zero_slot_is_a_plain_lora_and_with_one_starts_
     assert (half == 0.5).all()
 
 
-def train(model: PeftModel, steps: int = 3) -> None:
-    goal = torch.randn(2, 5, OUT, generator=torch.Generator().manual_seed(9))
-    # frozen parameters are handed over too: without a gradient nothing may touch them, not even weight decay
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05, weight_decay=0.5)
-    for _ in range(steps):
-        optimizer.zero_grad()
-        (model(inputs()) - goal).square().mean().backward()
-        optimizer.step()
-
-
-@pytest.mark.parametrize("selector_train", ["new", "all"])
-def test_training_a_task_leaves_the_older_ones_and_the_base_alone(selector_train: str):
-    model = adapted(tasks=1, selector_train=selector_train)
-    layer, update = the_layer(model)
-    train(model)
-    add_task(model)
-    old = [update.A[0], update.B[0], layer.base_layer.weight, layer.base_layer.bias]
-    gates = [update.gate_weight[0], update.gate_bias[0]]
-    new = [update.A[1], update.B[1], update.gate_weight[1], update.gate_bias[1]]
-    kept, kept_gates, start = copy.deepcopy([p.data for p in old]), copy.deepcopy(gates), copy.deepcopy(new)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    assert {id(p) for p in trained} == {id(p) for p in new + (gates if selector_train == "all" else [])}
-    train(model)
-    assert_identical(kept, [p.data for p in old])
-    assert [torch.equal(a, b) for a, b in zip(kept_gates, gates, strict=True)] == [selector_train == "new"] * 2
-    assert not any(torch.equal(a, b) for a, b in zip(start, new, strict=True))
-    model.set_adapter("default")
-    assert [id(p) for p in model.parameters() if p.requires_grad] == [id(p) for p in trained]
-
-
 def penalised(model: PeftModel, x: Tensor, **more: Any) -> Tensor | None:
     model.train()(x, **more)
     return activation_penalty(model)
@@ -291,16 +256,23 @@ def test_no_penalty_in_evaluation_nor_without_a_weight():
     assert penalised(adapted(sparsity=0.0), inputs()) is None
 
 
+def test_a_batch_without_rows_has_no_penalty_and_no_output():
+    model = adapted(sparsity=0.3)
+    assert penalised(model, inputs(0, 5)).item() == 0
+    assert model(inputs(0, 5)).shape == (0, 5, OUT)
+
+
 @pytest.mark.parametrize("autocast", [False, True])
-def test_softmax_and_penalty_are_float32_in_half_precision(autocast: bool):
-    model = adapted(net() if autocast else net().bfloat16(), sparsity=0.3)
+@pytest.mark.parametrize("gate_input", ["input", "lora", "both"])
+def test_softmax_and_penalty_are_float32_in_half_precision(gate_input: str, autocast: bool):
+    model = adapted(net() if autocast else net().bfloat16(), sparsity=0.3, gate_input=gate_input)
     x = inputs() if autocast else inputs().bfloat16()
-    exact = attention(adapted(), inputs())
+    exact = attention(adapted(gate_input=gate_input), inputs())
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         a, value = attention(model, x), penalised(model, x)
     assert a.dtype == value.dtype == torch.float32
     torch.testing.assert_close(a.sum(-1), torch.ones(2, 5), rtol=0, atol=4 * EPS32)
-    # a score is a sum of 24 products of two rounded factors, rounded itself; the attention moves no more than it
+    # a score is a sum of at most 44 products of rounded factors, rounded itself; the attention moves less than it
     torch.testing.assert_close(a, exact, rtol=0, atol=8 * torch.finfo(torch.bfloat16).eps)
 
 
@@ -359,23 +331,6 @@ def test_a_new_slot_takes_attention_in_proportion_and_little_with_a_negative_bia
     assert change > 1e-2 if bias == 0 else 0 < change < 1e-3
 
 
-def test_growth_is_noted_in_every_configuration_and_saved(tmp_path: Path):
-    model = adapted(tasks=1, rank_pattern={"q": 2})
-    _, update = the_layer(model)
-    assert update.config is not model.peft_config["default"]
-    for tasks in (2, 3):
-        add_task(model)
-        assert (model.peft_config["default"].tasks, update.config.tasks, len(update.A)) == (tasks, tasks, tasks)
-    randomise(model)
-    model.save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(net(), tmp_path, is_trainable=True)
-    assert loaded.peft_config["default"].tasks == 3
-    assert torch.equal(loaded(inputs()), model(inputs()))
-    add_task(loaded)
-    trained = {name.partition("default.")[2] for name, p in loaded.named_parameters() if p.requires_grad}
-    assert trained == {"A.3", "B.3", "gate_weight.3", "gate_bias.3"}
-
-
 def test_the_order_of_old_tasks_does_not_matter():
     model, x = adapted(), inputs()
     _, update = the_layer(model)
@@ -405,12 +360,6 @@ def test_it_has_no_fixed_weight(tmp_path: Path):
         export_lora(adapted(), tmp_path / "lora")
 
 
-@pytest.mark.parametrize("name", ["default", "missing"])
-def test_a_task_is_added_to_am_lora_alone(name: str):
-    with pytest.raises(ValueError, match=f"no AM-LoRA adapter named '{name}'"):
-        add_task(get_peft_model(net(), LoRA(r=R, target_modules=["q"])), name)
-
-
 @pytest.mark.parametrize(
     "options",
     [
@@ -428,69 +377,3 @@ def test_a_task_is_added_to_am_lora_alone(name: str):
 def test_options_that_make_no_sense_are_refused(options: dict[str, Any]):
     with pytest.raises(ValueError, match=next(iter(options))):
         AMLoRA(**options)
-
-
-def layers_with_masks(model: PeftModel, source: Tensor, target: Tensor | None) -> list[Tensor]:
-    """Each layer's mean penalty over the tokens that its input holds, from the attention that it noted."""
-    means = []
-    for layer, update in updates_of(model, "default"):
-        a = 1 - update.attention[..., 0]
-        from_source = layer.name.startswith("encoder") or layer.name.endswith("EncDecAttention.v")
-        mask = source if from_source else target
-        means.append(a.mean() if mask is None else (a * mask).sum() / mask.sum())
-    return means
-
-
-@pytest.mark.parametrize(("length", "masked"), [(3, False), (3, True), (8, True)])
-def test_encoder_and_decoder_tokens_have_their_own_padding(tiny_t5: Any, length: int, masked: bool):
-    targets = ["q", "v"]
-    model = adapted(tiny_t5(), tasks=2, target_modules=targets, sparsity=1.0).train()
-    updates = [update for _, update in updates_of(model, "default")]
-    for update in updates:
-        update.record = True
-    ids = torch.randint(2, 128, (2, 13), generator=torch.Generator().manual_seed(4))
-    source, target = MASK.flip(-1), (torch.arange(length) < torch.tensor([[length], [2]])).long() if masked else None
-    model(
-        input_ids=ids[:, :5],
-        attention_mask=source,
-        decoder_input_ids=ids[:, 5 : 5 + length],
-        decoder_attention_mask=target,
-    )
-    torch.testing.assert_close(
-        activation_penalty(model), torch.stack(layers_with_masks(model, source, target)).mean(), rtol=1e-5, atol=0
-    )
-
-
-def test_generating_reads_the_masks_of_its_own_call(tiny_t5: Any):
-    model = adapted(tiny_t5(), tasks=2, target_modules=["q", "v"], granularity="sequence")
-    ids = torch.randint(2, 128, (2, 5), generator=torch.Generator().manual_seed(4))
-    call = {"max_new_tokens": 3, "use_cache": False, "output_scores": True, "return_dict_in_generate": True}
-
-    def scores() -> Tensor:
-        return model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **call).scores[0]
-
-    expected = scores()
-    model(input_ids=ids, attention_mask=MASK, decoder_input_ids=ids[:, :1])
-    assert torch.equal(scores(), expected)
-
-
-def test_gradient_checkpointing_keeps_the_penaltys_gradient(tiny_llama: Any):
-    ids = torch.randint(2, 128, (2, 6), generator=torch.Generator().manual_seed(4))
-    gradients = []
-    for checkpointing in (False, True):
-        model = adapted(tiny_llama(), tasks=2, target_modules=["q_proj", "v_proj"], sparsity=1.0).train()
-        if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        loss = model(input_ids=ids, labels=ids).loss + activation_penalty(model)
-        loss.backward()
-        gradients.append([p.grad for p in model.parameters() if p.requires_grad])
-    assert_identical(*gradients)
-
-
-def test_a_key_value_cache_stays_valid(tiny_llama: Any):
-    model = adapted(tiny_llama(), tasks=2, target_modules=["q_proj", "v_proj"])
-    ids = torch.randint(2, 128, (2, 6), generator=torch.Generator().manual_seed(4))
-    whole = model(input_ids=ids).logits
-    start = model(input_ids=ids[:, :4], use_cache=True)
-    rest = model(input_ids=ids[:, 4:], past_key_values=start.past_key_values, use_cache=True)
-    assert_close32(torch.cat([start.logits, rest.logits], dim=1), whole)

@@ -231,7 +231,7 @@ def add_task(model: nn.Module, adapter_name: str = "default") -> None:
 
 def _masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
     if mask is None or values.shape != mask.shape:
-        return values.mean()
+        mask = torch.ones_like(values)
     return (values * mask).sum() / mask.sum().clamp_min(1)
 
 

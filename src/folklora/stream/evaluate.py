@@ -19,6 +19,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.modeling_outputs import BaseModelOutput
 
 from folklora.stream.tasks import Task
+from folklora.stream.tokens import label_tokens, prompt_tokens
 
 # A label is short and its prompt is already read, so several of them a prompt still are a small forward pass.
 _LABELS_A_PROMPT = 4
@@ -60,9 +61,9 @@ def rank_labels(
     """
     reader = _Reader.of(model, tokenizer)
     batch_size = min(batch_size, reader.most_rows)
-    endings = _label_tokens(tokenizer, labels)
+    endings = label_tokens(tokenizer, labels)
     room = max_length - (0 if reader.encoder_decoder else max(map(len, endings)))
-    questions = _prompt_tokens(reader, tokenizer, prompts, room)
+    questions = prompt_tokens(tokenizer, prompts, room, encoder_decoder=reader.encoder_decoder)
     scores = torch.empty(len(prompts), len(labels))
     with _evaluating(model):
         for rows in _batches(questions, batch_size):
@@ -98,7 +99,7 @@ def generate_answers(
     reader = _Reader.of(model, tokenizer)
     batch_size = min(batch_size, reader.most_rows)
     room = max_length - (0 if reader.encoder_decoder else max_new_tokens)
-    questions = _prompt_tokens(reader, tokenizer, prompts, room)
+    questions = prompt_tokens(tokenizer, prompts, room, encoder_decoder=reader.encoder_decoder)
     configured = getattr(reader.base.generation_config, "eos_token_id", None)
     ends = {tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])} - {None}
     answers = [""] * len(prompts)
@@ -338,51 +339,6 @@ def _batches(questions: Sequence[Sequence[int]], batch_size: int) -> Iterator[li
     order = sorted(range(len(questions)), key=lambda index: -len(questions[index]))
     for begin in range(0, len(order), batch_size):
         yield order[begin : begin + batch_size]
-
-
-def _label_tokens(tokenizer: PreTrainedTokenizerBase, labels: Sequence[str]) -> list[list[int]]:
-    if not labels:
-        raise ValueError("there are no labels to rank")
-    tokens = [list(row) for row in tokenizer(list(labels), add_special_tokens=False, verbose=False)["input_ids"]]
-    if empty := [label for label, row in zip(labels, tokens, strict=True) if not row]:
-        raise ValueError(f"the label {empty[0]!r} has no tokens in this tokenizer")
-    neighbours = list(itertools.pairwise(sorted(zip(tokens, labels, strict=True))))
-    if same := [(one, other) for (first, one), (second, other) in neighbours if first == second]:
-        raise ValueError(f"the labels {same[0][0]!r} and {same[0][1]!r} have the same tokens")
-    # in sorted order a row that begins any other begins its neighbour
-    if any(second[: len(first)] == first for (first, _), (second, _) in neighbours):
-        if tokenizer.eos_token_id is None:
-            raise ValueError("one label begins another, and the tokenizer has no end-of-text token to part them")
-        tokens = [[*row, tokenizer.eos_token_id] for row in tokens]
-    return tokens
-
-
-def _prompt_tokens(
-    reader: _Reader, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], room: int
-) -> list[list[int]]:
-    """Tokens of the prompts, cut on the left to `room`; what the tokenizer puts before a text stays."""
-    if not prompts:
-        return []
-    before, after = _surroundings(tokenizer, prompts[0])
-    after = after if reader.encoder_decoder else []
-    space = room - len(before) - len(after)
-    if space < 1:
-        raise ValueError(f"max_length is too small by {1 - space}: no room is left for a prompt")
-    tokens = []
-    for row in map(list, tokenizer(list(prompts), add_special_tokens=False, verbose=False)["input_ids"]):
-        bare = row[len(before) :] if before and row[: len(before)] == before else row
-        tokens.append([*before, *bare[-space:], *after])
-    if not all(tokens):
-        raise ValueError(f"prompt {tokens.index([])} ({prompts[tokens.index([])]!r}) has no tokens")
-    return tokens
-
-
-def _surroundings(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[int]]:
-    """The special tokens that the tokenizer puts before and after a text."""
-    bare = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-    full = list(tokenizer(text, verbose=False)["input_ids"])
-    begin = next((k for k in range(len(full)) if full[k : k + len(bare)] == bare), 0)
-    return full[:begin], full[begin + len(bare) :]
 
 
 @contextmanager

@@ -24,6 +24,7 @@ from transformers import (
 from folklora.adapters.host.steps import activation_penalty
 from folklora.continual.base import ContinualMethod
 from folklora.stream.tasks import Example
+from folklora.stream.tokens import prompt_tokens
 
 IGNORED = -100
 
@@ -148,18 +149,20 @@ def encode(
 
     Returns:
         input_ids and labels; for causal models the prompt's labels are -100.
+
+    Raises:
+        ValueError: The answer alone fills the length.
     """
-    answer = tokenizer(example.completion, add_special_tokens=False)["input_ids"]
+    answer = list(tokenizer(example.completion, add_special_tokens=False)["input_ids"])
     if tokenizer.eos_token_id is not None:
-        answer = [*answer, tokenizer.eos_token_id]
-    prompt = tokenizer(example.prompt)["input_ids"]
+        answer.append(tokenizer.eos_token_id)
+    room = max_length if encoder_decoder else max_length - len(answer)
+    if room < 1 or len(answer) > max_length:
+        raise ValueError(f"an answer of {len(answer)} tokens leaves no room for its prompt within {max_length}")
+    (prompt,) = prompt_tokens(tokenizer, [example.prompt], room, encoder_decoder=encoder_decoder)
     if encoder_decoder:
-        return {"input_ids": prompt[-max_length:], "labels": answer[:max_length]}
-    if prompt and prompt[-1] == tokenizer.eos_token_id:
-        prompt = prompt[:-1]
-    answer = answer[:max_length]
-    kept = prompt[max(0, len(prompt) + len(answer) - max_length) :]
-    return {"input_ids": kept + answer, "labels": [IGNORED] * len(kept) + answer}
+        return {"input_ids": prompt, "labels": answer}
+    return {"input_ids": prompt + answer, "labels": [IGNORED] * len(prompt) + answer}
 
 
 def _arguments(settings: TrainSettings, seed: int, folder: str | Path, count: int) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from folklora.factored import Factors, factored_linear, factored_update
@@ -128,13 +129,18 @@ def kind_of(base: nn.Module, name: str) -> Kind:
         if base.groups != 1:
             raise TypeError(f"layer '{name}' is a convolution in {base.groups} groups; only one group can be adapted")
         return CONVOLUTION
+    if isinstance(base, NonDynamicallyQuantizableLinear):
+        raise TypeError(
+            f"layer '{name}' belongs to torch's MultiheadAttention, which reads its weight without calling it, so that "
+            "an update would have no effect; leave it out with exclude_modules"
+        )
     if isinstance(base, nn.Linear) or (hasattr(base, "in_features") and hasattr(base, "out_features")):
         return LINEAR
     experts = [key for key, value in base.named_parameters(recurse=False) if value.dim() == 3]
     if experts:
         raise TypeError(
             f"layer '{name}' ({type(base).__name__}) holds its experts' weights in three-dimensional parameters "
-            f"({', '.join(experts)}), which Folklora cannot adapt yet; target its attention and router layers"
+            f"({', '.join(experts)}), which Folklora cannot adapt yet; target its attention layers"
         )
     raise TypeError(
         f"layer '{name}' is a {type(base).__name__}; Folklora adapts linear, embedding and convolution layers"

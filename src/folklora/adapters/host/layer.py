@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from folklora.adapters.base import AdapterConfig, Update
 from folklora.adapters.host.kinds import is_quantised, kind_of
@@ -221,6 +222,11 @@ class FolkloraLayer(nn.Module, BaseTunerLayer):
                 f"adapter {', '.join(gated)} cannot be merged into layer '{self.name}': its update depends on the "
                 "layer's input, so no single weight equals it"
             )
+        if parametrize.is_parametrized(self.get_base_layer(), "weight"):
+            raise ValueError(
+                f"layer '{self.name}' computes its weight from other parameters (a parametrization), which merging "
+                "would have to change; remove the parametrization to merge"
+            )
         if is_quantised(self.get_base_layer()):
             raise ValueError(
                 f"layer '{self.name}' is quantised; merging would need its weight in floating point: load the base "
@@ -258,6 +264,8 @@ class FolkloraLayer(nn.Module, BaseTunerLayer):
             for key, parameter in update.named_parameters():
                 if key in frozen:
                     parameter.requires_grad_(False)
+                    # what was trained until now must not count in a later clipping of gradients
+                    parameter.grad = None
 
     def _admit_loaded(self, names: list[str]) -> None:
         # values may have come in by a way that does not pass check_saved_values

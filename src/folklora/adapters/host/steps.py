@@ -92,13 +92,13 @@ def _penalties(
 
 
 @torch.no_grad()
-def _gathered(update: Update) -> dict[str, Tensor]:
+def _gathered(update: Update) -> dict[str, nn.Parameter]:
     """The parameters in full if FSDP2 has sharded them, so that a method need not know of it; else empty."""
     named = dict(update.named_parameters())
     if not any(hasattr(p, "full_tensor") for p in named.values()):
         return {}
     full = {key: p.full_tensor() if hasattr(p, "full_tensor") else p for key, p in named.items()}
-    return {key: value.detach().requires_grad_(named[key].requires_grad) for key, value in full.items()}
+    return {key: nn.Parameter(value.detach(), named[key].requires_grad) for key, value in full.items()}
 
 
 def _call(update: Update, method: str, parameters: dict[str, Tensor]) -> Any:

@@ -78,10 +78,10 @@ class FolkloraModel(BaseTuner):
         return self._own_context
 
     def _check_targets(self, model: nn.Module, config: AdapterConfig) -> None:
+        problems = _without_match(config, model)
         config = self._prepare_adapter_config(config, self.get_model_config(model))
         if isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
             config.target_modules = _all_linear(config, model)
-        problems: list[str] = []
         matched = 0
         inside = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, FolkloraLayer))
         for name, module in model.named_modules():
@@ -243,12 +243,21 @@ def _all_linear(config: AdapterConfig, model: nn.Module) -> list[str]:
     return sorted(chosen)
 
 
+def _without_match(config: AdapterConfig, model: nn.Module) -> list[str]:
+    if config.target_modules is None or isinstance(config.target_modules, str):
+        return []
+    names = [f".{name}" for name, _ in model.named_modules()]
+    lost = [target for target in config.target_modules if not any(name.endswith(f".{target}") for name in names)]
+    return [f"target module '{target}' matches no layer; {_candidates(model)}" for target in lost]
+
+
 def _nothing_matched(config: AdapterConfig, model: nn.Module) -> str:
-    candidates = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if _adaptable(name, module)})
-    return (
-        f"target_modules={config.target_modules!r} matches no layer of {type(model).__name__}; "
-        f"layers that can be adapted: {', '.join(candidates)}"
-    )
+    return f"target_modules={config.target_modules!r} matches no layer of {type(model).__name__}; {_candidates(model)}"
+
+
+def _candidates(model: nn.Module) -> str:
+    names = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if _adaptable(name, module)})
+    return f"layers that can be adapted: {', '.join(names)}"
 
 
 def _adaptable(name: str, module: nn.Module) -> bool:

@@ -1,0 +1,244 @@
+"""The standard continual-learning benchmark (orders 1-3) over every continual method, tuned on equal terms.
+
+    python benchmarks/standard_stream.py --model MODEL --data cl_benchmark --out OUT [--stage tune|run|both]
+
+DATA holds tasks.json and a folder a task with train.jsonl and test.jsonl. Each method is tuned over the same learning
+rates on a tenth of order 1's training examples, held out (one seed); then it learns orders 1-3 with its best one, for
+each seed, and is scored on the test examples. Once with the prompt's lines that name the task, once without.
+Runs are independent: `--workers` of them share the device, and each finished run is kept, so the script resumes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import multiprocessing
+import os
+import statistics
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+ORDERS = ("order1", "order2", "order3")
+METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+    "am-lora": ("am-lora", {}),
+    "am-lora, gate on LoRA outputs": ("am-lora", {"gate_input": "lora"}),
+    "seq-lora": ("seq-lora", {}),
+    "inc-lora": ("inc-lora", {}),
+    "replay 2 %": ("replay", {"memory": 0.02}),
+    "per-task": ("per-task", {}),
+    "multi-task": ("multi-task", {}),
+}
+ORDER_FREE = ("per-task", "multi-task")
+LONGEST_TEXT = 1200  # characters; the question around the text is never cut
+
+
+def main() -> None:
+    options = arguments()
+    options.out.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + 60 * options.minutes
+    if options.stage in ("tune", "both"):
+        work(tuning_jobs(options), options, deadline)
+    if options.stage in ("run", "both"):
+        work(final_jobs(options), options, deadline)
+    write_tables(options)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--stage", choices=("tune", "run", "both", "table"), default="both")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS))
+    parser.add_argument("--orders", nargs="+", default=list(ORDERS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--names", nargs="+", choices=("named", "unnamed"), default=["named", "unnamed"])
+    parser.add_argument("--rates", nargs="+", type=float, default=[3e-4, 1e-3, 3e-3])
+    parser.add_argument("--targets", default="all-linear", help='"all-linear" or names joined by commas')
+    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--epochs", type=float, default=2)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--train-rows", type=int, default=2000, help="training examples a task at the most")
+    parser.add_argument("--test-rows", type=int, default=500)
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--minutes", type=float, default=1e6, help="no new run begins after this")
+    return parser.parse_args()
+
+
+def tuning_jobs(options: argparse.Namespace) -> list[dict[str, Any]]:
+    grid = itertools.product(options.names, options.rates, options.methods)
+    return [
+        {"kind": "tune", "method": m, "names": n, "order": "order1", "seed": 0, "rate": r, "validation": 0.1}
+        for n, r, m in grid
+    ]
+
+
+def final_jobs(options: argparse.Namespace) -> list[dict[str, Any]]:
+    best = best_rates(options)
+    jobs = []
+    for seed, order, names, method in itertools.product(options.seeds, options.orders, options.names, options.methods):
+        if (names, method) in best and not (method in ORDER_FREE and order != options.orders[0]):
+            rate = best[names, method][0]
+            jobs.append({"kind": "run", "method": method, "names": names, "order": order, "seed": seed, "rate": rate})
+    return jobs
+
+
+def best_rates(options: argparse.Namespace) -> dict[tuple[str, str], tuple[float, float]]:
+    """(names, method) → (learning rate, its average accuracy on held-out training examples)."""
+    best: dict[tuple[str, str], tuple[float, float]] = {}
+    for record in records(options, "tune"):
+        key, score = (record["names"], record["method"]), record["entry"]["average_accuracy"]
+        if key not in best or score > best[key][1]:
+            best[key] = (record["rate"], score)
+    return best
+
+
+def records(options: argparse.Namespace, kind: str) -> list[dict[str, Any]]:
+    return [json.loads(path.read_text()) for path in sorted(options.out.glob(f"{kind}-*.json"))]
+
+
+def job_name(job: dict[str, Any]) -> str:
+    words = (job["kind"], job["method"], job["names"], job["order"], f"seed{job['seed']}", f"{job['rate']:g}")
+    return "-".join("".join(c if c.isalnum() or c in ".-" else "_" for c in word) for word in words) + ".json"
+
+
+def work(jobs: list[dict[str, Any]], options: argparse.Namespace, deadline: float) -> None:
+    todo = [job for job in jobs if not (options.out / job_name(job)).is_file()]
+    print(f"{len(todo)} of {len(jobs)} runs to do", flush=True)
+    if options.workers == 1 or len(todo) < 2:
+        for job in todo:
+            if time.monotonic() < deadline:
+                print(learn_one(job, options), flush=True)
+        return
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(min(options.workers, len(todo)), maxtasksperchild=None) as pool:
+        pending = [(job, options, time.time() + deadline - time.monotonic()) for job in todo]
+        for line in pool.imap_unordered(_guarded, pending):
+            print(line, flush=True)
+
+
+def _guarded(packed: tuple[dict[str, Any], argparse.Namespace, float]) -> str:
+    job, options, deadline = packed
+    if time.time() > deadline:
+        return f"not begun: {job_name(job)}"
+    try:
+        return learn_one(job, options)
+    except Exception:
+        return f"failed: {job_name(job)}\n{traceback.format_exc()}"
+
+
+def learn_one(job: dict[str, Any], options: argparse.Namespace) -> str:
+    import tempfile
+
+    import torch
+
+    from folklora.stream.learn import learn
+
+    torch.set_num_threads(1)
+    began = time.perf_counter()
+    method, own = METHODS[job["method"]]
+    targets = options.targets if options.targets == "all-linear" else options.targets.split(",")
+    settings = {
+        "learning_rate": job["rate"], "epochs": options.epochs, "batch_size": options.batch, "r": options.rank,
+        "alpha": 32.0, "dropout": 0.1, "target_modules": targets, "max_length": 512, "eval_batch_size": 125,
+    }  # fmt: skip
+    tasks = load_order(options, job["order"], named=job["names"] == "named")
+    with tempfile.TemporaryDirectory() as folder:
+        run = learn(
+            options.model, tasks, method, out=Path(folder) / "run", options={**settings, **own}, seed=job["seed"],
+            validation=job.get("validation", 0.0),
+        )  # fmt: skip
+        results = run.results
+        entry = results["methods"][method]
+    entry["attention"] = entry["attention"] if job["kind"] == "run" and job["seed"] == 0 else None
+    record = {**job, "entry": entry, "machine": results["machine"], "wall": round(time.perf_counter() - began, 1)}
+    path = options.out / job_name(job)
+    path.with_suffix(".part").write_text(json.dumps(record))
+    os.replace(path.with_suffix(".part"), path)
+    return f"{record['wall']:6.1f} s  AA {entry['average_accuracy']:5.1f}  {job_name(job)}"
+
+
+def load_order(options: argparse.Namespace, order: str, *, named: bool) -> list[Any]:
+    from folklora.stream.tasks import Example, Task
+
+    table = json.loads((options.data / "tasks.json").read_text())
+    stream = []
+    for name in table["orders"][order]:
+        family, labels = table["family"][name], table["tasks"][name]["labels"]
+        lines = f"Task:{family}\nDataset:{name}\n" if named else ""
+        head = f"{lines}{table['instructions'][family]}Option: {', '.join(labels)} \n"
+
+        def read(split: str, most: int, name: str = name, head: str = head) -> tuple[Example, ...]:
+            rows = (options.data / name / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()[:most]
+            read = [json.loads(row) for row in rows]
+            return tuple(Example(f"{head}{r['text'][:LONGEST_TEXT]}\nAnswer:", f" {r['label']}") for r in read)
+
+        train, test = read("train", options.train_rows), read("test", options.test_rows)
+        stream.append(Task(name, train, test, tuple(f" {label}" for label in labels)))
+    return stream
+
+
+def write_tables(options: argparse.Namespace) -> None:
+    """Mean and spread over seeds within an order, then the mean over orders."""
+    runs, best = records(options, "run"), best_rates(options)
+    lines = [
+        "| prompt | method | learning rate | "
+        + " | ".join(o.replace("order", "order ") for o in options.orders)
+        + " | average accuracy | backward transfer | forgetting | learning accuracy | trained / stored | s |",
+        "|" + " --- |" * (9 + len(options.orders)),
+    ]
+    summary = []
+    for names, method in itertools.product(options.names, options.methods):
+        own = [r for r in runs if (r["names"], r["method"]) == (names, method)]
+        if not own:
+            continue
+        row = summarise(own, options.orders)
+        summary.append({"names": names, "method": method, "rate": own[0]["rate"], **row})
+        cells = [_spread(row["orders"].get(order)) for order in options.orders]
+        entry = own[0]["entry"]
+        lines.append(
+            f"| {names} | {method} | {own[0]['rate']:g} | "
+            + " | ".join(cells)
+            + f" | {_number(row['average_accuracy'])} "
+            f"| {_number(row['backward_transfer'])} | {_number(row['forgetting'])} | {_number(row['learning_accuracy'])} "
+            f"| {entry['trainable_parameters']:,} / {entry['stored_parameters']:,} | {row['seconds']:.0f} |"
+        )
+    tuned = [{"names": k[0], "method": k[1], "rate": v[0], "validation": v[1]} for k, v in best.items()]
+    (options.out / "summary.json").write_text(json.dumps({"runs": summary, "tuned": tuned}, indent=1))
+    print("\n".join(lines))
+
+
+def summarise(own: list[dict[str, Any]], orders: list[str]) -> dict[str, Any]:
+    per_order: dict[str, list[float]] = {}
+    for order in orders:
+        scores = [r["entry"]["average_accuracy"] for r in own if r["order"] == order]
+        if scores:
+            per_order[order] = scores
+    row: dict[str, Any] = {"orders": per_order, "count": len(own)}
+    row["average_accuracy"] = statistics.mean(statistics.mean(scores) for scores in per_order.values())
+    for key in ("backward_transfer", "forgetting", "learning_accuracy"):
+        by_order = [[r["entry"][key] for r in own if r["order"] == order] for order in per_order]
+        row[key] = (
+            None
+            if any(v is None for scores in by_order for v in scores)
+            else statistics.mean(statistics.mean(scores) for scores in by_order)
+        )
+    row["seconds"] = statistics.mean(r["entry"]["seconds"] for r in own)
+    return row
+
+
+def _spread(scores: list[float] | None) -> str:
+    if not scores:
+        return "–"
+    return f"{statistics.mean(scores):.1f} ± {statistics.stdev(scores):.1f}" if len(scores) > 1 else f"{scores[0]:.1f}"
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.1f}"
+
+
+if __name__ == "__main__":
+    main()
