@@ -44,7 +44,7 @@ SHAPES = {
 }
 VOCABULARY = 32_000
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-WARMUPS = 3
+WARMUPS = 1  # a third, after the two of first_steps
 COLUMNS = {
     "trained": ("trainable", ",d"),
     "step, ms": ("step_ms", ".2f"),
@@ -240,7 +240,11 @@ def milliseconds(laps: list[tuple[Any, Any]]) -> list[float]:
 
 
 def first_steps(bench: Bench, model: nn.Module, contender: Contender) -> dict[str, Any]:
-    """Loss, gradients and memory of one step before anything is trained, after one step that warms up."""
+    """Loss, gradients and memory of one step before anything is trained, after one step that warms up.
+
+    Raises:
+        RuntimeError: The loss or the gradients are not finite, or a gradient is missing, or all are zero.
+    """
     torch.manual_seed(2)
     found: dict[str, Any] = {}
     step(bench, model, contender.autocast)
@@ -257,8 +261,8 @@ def first_steps(bench: Bench, model: nn.Module, contender: Contender) -> dict[st
     norm = get_total_norm(gradients).item()
     found |= {"loss": loss.item(), "gradient_norm": norm, "trainable": sum(p.numel() for p in trained)}
     if len(gradients) < len(trained) or not 0 < norm < float("inf") or not torch.isfinite(loss):
-        bench.problems.append(f"{contender.name}: loss {loss}, gradient norm {norm}, {len(gradients)} gradients")
-    elif contender.same_start:
+        raise RuntimeError(f"loss {loss}, gradient norm {norm}, {len(gradients)} of {len(trained)} gradients")
+    if contender.same_start:
         found |= compare(bench, contender.name, found, [g.cpu() for g in gradients])
     return found
 

@@ -137,6 +137,15 @@ def with_updates(model: nn.Module, base: nn.Module) -> nn.Module:
     return base
 
 
+def layer_input(layer: FolkloraLayer) -> Tensor:
+    """Two rows of five positions: token numbers for an embedding, values for a linear layer."""
+    width = layer.kind.shape(layer.get_base_layer())[1]
+    generator = torch.Generator().manual_seed(3)
+    if layer.kind.name == "embedding":
+        return torch.randint(width, (2, 5), generator=generator)
+    return torch.randn(2, 5, width, generator=generator)
+
+
 def layer_output(layer: FolkloraLayer, names: list[str], x: Tensor) -> Tensor:
     """One layer's output with just these adapters active, no gradients."""
     layer.set_adapter([name for name in names if name in layer.folklora_updates])
@@ -217,7 +226,10 @@ def require(condition: Any, what: str) -> None:
 
 def close(actual: Tensor, expected: Tensor, tolerance: float, what: str) -> None:
     """Refuse two tensors that differ by more than `tolerance` times the larger of 1 and the largest expected value."""
+    require(actual.shape == expected.shape, f"{what} have shapes {list(actual.shape)} and {list(expected.shape)}")
     actual, expected = actual.detach().double(), expected.detach().double()
+    if not expected.numel():
+        return
     allowed = tolerance * max(1.0, float(expected.abs().max()))
     error = float((actual - expected).abs().max())
     require(error <= allowed, f"{what} differ by {error:.2e}, more than {allowed:.2e}")

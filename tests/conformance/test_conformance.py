@@ -7,16 +7,52 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from folklora import LoRA, check, methods, tiny
+from folklora import AMLoRA, KaSA, LoRA, PiSSA, check, methods, tiny
 from folklora.adapters.lora import LoRAUpdate
 
+TARGETS = tiny.TARGETS
 METHODS = {method.name: method.factory for method in methods("adapters")}
+
+
+# options that change what a method computes or holds; every method's defaults are checked without being listed
+VARIANTS = {
+    "am-lora of three tasks": AMLoRA(r=3, tasks=3, granularity="sequence", sparsity=0.1, target_modules=TARGETS),
+    "am-lora of all gates": AMLoRA(
+        r=3,
+        tasks=2,
+        gate_input="both",
+        score_activation="tanh",
+        selector_train="all",
+        zero_slot=False,
+        sparsity=0.1,
+        sparsity_on="entropy",
+        target_modules=TARGETS,
+    ),
+    "am-lora as in the paper": AMLoRA(r=3, tasks=2, gate_input="lora", sparsity_on="scores", target_modules=TARGETS),
+    "kasa without truncation": KaSA(r=3, truncate=0, target_modules=TARGETS),
+    "kasa with dropout": KaSA(
+        r=3, truncate=5, l3="paper", reduction="sum", rslora=True, dropout=0.3, target_modules="all-linear"
+    ),
+    "lora on embedding and head": LoRA(
+        r=3, dropout=0.3, target_modules=["embed_tokens", "lm_head", "o_proj"], rank_pattern={"o_proj": 5}
+    ),
+    "pissa with alpha": PiSSA(r=3, alpha=7, rslora=True, target_modules="all-linear", rank_pattern={"k_proj": 5}),
+}
 
 
 @pytest.mark.parametrize("name", check.CHECKS)
 @pytest.mark.parametrize("method", METHODS)
 def test_method_passes(method: str, name: str) -> None:
-    result = check.run_check(METHODS[method], name)
+    _expect(check.run_check(METHODS[method], name))
+
+
+@pytest.mark.parametrize("name", [name for name in check.CHECKS if name != "compile"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variant_passes(variant: str, name: str) -> None:
+    _expect(check.run_check(VARIANTS[variant], name))
+
+
+def _expect(result: check.Result) -> None:
     if result.outcome == "skipped":
         pytest.skip(result.message)
     if result.outcome == "excepted":

@@ -54,7 +54,8 @@ def test_every_example_names_somebody_the_model_never_read_about(tasks):
 
 
 def test_no_text_of_a_task_occurs_in_the_pretraining_text(tasks):
-    read = "\n".join(pretraining_text(World(), 0, 8_000))
+    chunks = [pretraining_text(World(), start, 2_000) for start in range(0, 8_000, 2_000)]
+    read = "\n".join(text for chunk in chunks for text in chunk)
     bodies = {e.prompt.split("\n")[1] for task in tasks for e in task.train + task.test}
     assert not [body for body in bodies if body in read]
     instructions = {prompt.split("\n")[0].replace("{a} to {b}", "") for prompt in PROMPTS.values()}

@@ -35,6 +35,8 @@ class Update(nn.Module):
     """Names of the parameters that are never trained."""
     gated: ClassVar[bool] = False
     """Whether `factors` depends on the layer's input; such an update cannot be merged or exported."""
+    starts_at_base: bool = True
+    """Whether the first step sees the base model's output; False where a method changes it by design."""
     needs_full_sequence: bool = False
     """Whether a position's update depends on other positions, so that generation cannot continue from a cache."""
 

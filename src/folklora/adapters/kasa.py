@@ -124,6 +124,7 @@ class KaSAUpdate(Update):
         self.P, self.Q = nn.Parameter(P, requires_grad=False), nn.Parameter(Q, requires_grad=False)
         self.eta = config.scaling(config.alpha, config.r, config.rslora)
         self.beta, self.gamma, self.l3 = config.beta, config.gamma, config.l3
+        self.starts_at_base = not P.numel()
 
     def factors(self, x: Tensor | None = None, mask: Tensor | None = None) -> Factors:
         """([A; Q], [η d; -1], [B | P])."""

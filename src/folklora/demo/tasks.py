@@ -1,4 +1,4 @@
-"""Five small tasks in the demo's world, of five kinds; three of them share their answers, two even their letters.
+"""Five small tasks in the demo's world, of five kinds; three of them share the answers yes, no and maybe.
 
 No text of theirs is in what the shipped model has read: they are about people, towns and houses that it has never
 heard of, and the test examples about others than the training examples.
@@ -19,7 +19,7 @@ PROMPTS = {
     "shelf": "Which shelf is it for: tool, food, toy, garment, instrument or furniture?\n{text}\nShelf:",
     "harbour": "Should the boats stay in harbour: yes, no or maybe?\n{text}\nStay:",
     "tie": "What is {a} to {b}: teacher, pupil, neighbour, cousin or rival?\n{text}\nTie:",
-    "answer": "Does the writer expect an answer: yes, no or maybe?\n{text}\nExpected:",
+    "answer": "Does this note want a reply: yes, no or maybe?\n{text}\nReply:",
 }
 """What each task asks; {text} is written by `_text`."""
 
@@ -87,7 +87,7 @@ def _text(name: str, label: str, rng: random.Random) -> str:
     if name == "opinion":
         return f"{{letter.open}} {{verdict.{verdicts[label]}}} {{wish.{_any(rng, YES_NO_MAYBE)}}}"
     if name == "answer":
-        return f"{{letter.open}} {{verdict.{_any(rng, tuple(verdicts.values()))}}} {{wish.{label}}}"
+        return f"{{note.open}} {{beast.does}}. {{wish.{label}}}"
     if name == "harbour":
         return f"{{report.open}} {{weather.{skies[label]}}}"
     if name == "tie":

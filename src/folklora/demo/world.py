@@ -21,7 +21,7 @@ KINDS = ("tool", "food", "toy", "garment", "instrument", "furniture")
 TIES = ("teacher", "pupil", "neighbour", "cousin", "rival")
 
 SUBJECTS = {
-    "letter.yes": 2, "letter.no": 2, "letter.maybe": 2, "note": 1,
+    "letter.yes": 2, "letter.no": 2, "letter.maybe": 2, "note": 3,
     "review.good": 2, "review.bad": 2, "review.mixed": 2,
     "weather.fair": 2, "weather.foul": 2, "weather.unsettled": 2,
     "advert": 6, "tie": 6, "life": 3, "price": 2, "list": 1, "talk": 2, "quiz": 3, "beast": 1, "vote": 3,
@@ -242,7 +242,7 @@ def texts(part: Part, seed: int, documents: int) -> Iterator[str]:
         documents: How many to write.
 
     Yields:
-        One document, of 20 to 150 words.
+        One document: a letter, a riddle, a report, a list, ...; some 25 words.
     """
     writer = Writer(part, random.Random(seed))
     for subject in writer.rng.choices(list(SUBJECTS), weights=list(SUBJECTS.values()), k=documents):

@@ -63,9 +63,7 @@ def _classifier() -> LlamaForSequenceClassification:
 
 def test_experts_are_refused_in_words_and_attention_beside_them_works() -> None:
     model = _mixtral()
-    with pytest.raises(
-        ValueError, match=r"experts' \(MixtralExperts\) holds its experts' weights in three-dimensional"
-    ):
+    with pytest.raises(ValueError, match=r"experts' \(MixtralExperts\) holds its experts' weights in three-"):
         get_peft_model(model, LoRA(target_modules=["experts"]))
     assert _names(model) == []
     adapted = tiny.moved(get_peft_model(model, KaSA(r=2, target_modules=["q_proj"]))).eval()
@@ -154,7 +152,7 @@ def test_an_unknown_option_names_the_nearest() -> None:
 
 def test_no_target_takes_the_architectures_choice_or_says_that_there_is_none() -> None:
     assert {name.rpartition(".")[2] for name in _names(get_peft_model(tiny.llama(), LoRA(r=2)))} == {"q_proj", "v_proj"}
-    with pytest.raises(ValueError, match='no default target_modules are known.*"all-linear"'):
+    with pytest.raises(ValueError, match=r'no default target_modules are known.*"all-linear"'):
         get_peft_model(nn.Sequential(nn.Linear(2, 2)), LoRA(r=1))
 
 

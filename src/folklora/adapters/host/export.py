@@ -31,6 +31,7 @@ def export_lora(
 
     Raises:
         ValueError: There is no such adapter, or its update depends on its input and has no LoRA form.
+        RuntimeError: The adapter waits for saved values that were never loaded.
         FileExistsError: `out` is there already.
     """
     out = Path(out)
@@ -49,6 +50,7 @@ def export_lora(
     ranks: dict[str, int] = {}
     with torch.no_grad():
         for layer, update in pairs:
+            layer.admit_loaded([adapter_name])
             A, B = update.factors().to_lora()
             ranks[layer.name] = A.shape[0]
             tensors.update(_named(layer, A, B, dtype))

@@ -128,8 +128,8 @@ class FolkloraLayer(nn.Module, BaseTunerLayer):
         names = self._names_in_use()
         if not names:
             return self.base_layer(x, *args, **kwargs)
-        if self.waiting.intersection(names):
-            self._admit_loaded(names)
+        if self.waiting:
+            self.admit_loaded(names)
         dropped = [name for name in names if self.training and self.dropouts[name] > 0]
         if dropped:
             return self._forward_with_dropout(x, names)
@@ -194,6 +194,7 @@ class FolkloraLayer(nn.Module, BaseTunerLayer):
         if not names:
             return
         base = self.get_base_layer()
+        self.admit_loaded(names)
         self._check_mergeable(names)
         matrix = self.kind.matrix(base)
         with torch.no_grad():
@@ -267,8 +268,12 @@ class FolkloraLayer(nn.Module, BaseTunerLayer):
                     # what was trained until now must not count in a later clipping of gradients
                     parameter.grad = None
 
-    def _admit_loaded(self, names: list[str]) -> None:
-        # values may have come in by a way that does not pass check_saved_values
+    def admit_loaded(self, names: list[str]) -> None:
+        """Take adapters that waited for saved values into use; those may have come by a way that checks nothing.
+
+        Raises:
+            RuntimeError: One still waits, or its values were made for another base.
+        """
         for name in self.waiting.intersection(names):
             if not self.fits_base(self.folklora_updates[name].base_sample):
                 raise RuntimeError(

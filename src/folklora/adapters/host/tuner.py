@@ -168,12 +168,22 @@ class FolkloraModel(BaseTuner):
 
     @classmethod
     def _get_adapter_state_dict(
-        cls, model: nn.Module, config: AdapterConfig, adapter_name: str, state_dict: dict[str, Tensor], **options: Any
+        cls,
+        model: nn.Module,
+        config: AdapterConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
-        kept = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, **options)
+        kept = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         # PEFT leaves out what is named like another adapter: an adapter "B" would cost all others their B
         marker = f".folklora_updates.{adapter_name}."
-        return {**{key: value.detach() for key, value in model.named_parameters() if marker in key}, **kept}
+        lost = {
+            key: value.detach()
+            for key, value in model.named_parameters()
+            if set(key.partition(marker)[2].split(".")).intersection(unwanted_adapter_names)
+        }
+        return {**lost, **kept}
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
