@@ -3,7 +3,7 @@
     python benchmarks/standard_stream.py --model MODEL --data cl_benchmark --out OUT [--stage tune|run|both]
 
 DATA holds tasks.json and a folder a task with train.jsonl and test.jsonl. Each method is tuned over the same learning
-rates on a tenth of order 1's training examples, held out (one seed); then it learns orders 1-3 with its best one, for
+rates on a tenth of order 1's training examples, held out (one seed, the first kind of prompt); then it learns orders 1-3 with its best one, for
 each seed, and is scored on the test examples. Once with the prompt's lines that name the task, once without.
 Runs are independent: `--workers` of them share the device, and each finished run is kept, so the script resumes.
 """
@@ -24,7 +24,8 @@ from typing import Any
 ORDERS = ("order1", "order2", "order3")
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "am-lora": ("am-lora", {}),
-    "am-lora, gate on LoRA outputs": ("am-lora", {"gate_input": "lora"}),
+    "am-lora, token gate": ("am-lora", {"granularity": "token", "gate_init": "linear"}),
+    "am-lora, literal": ("am-lora", {"granularity": "token", "gate_init": "linear", "gate_input": "lora"}),
     "seq-lora": ("seq-lora", {}),
     "inc-lora": ("inc-lora", {}),
     "replay 2 %": ("replay", {"memory": 0.02}),
@@ -69,28 +70,26 @@ def arguments() -> argparse.Namespace:
 
 
 def tuning_jobs(options: argparse.Namespace) -> list[dict[str, Any]]:
-    grid = itertools.product(options.names, options.rates, options.methods)
-    return [
-        {"kind": "tune", "method": m, "names": n, "order": "order1", "seed": 0, "rate": r, "validation": 0.1}
-        for n, r, m in grid
-    ]
+    grid = itertools.product(options.rates, options.methods)
+    common = {"kind": "tune", "names": options.names[0], "order": "order1", "seed": 0, "validation": 0.1}
+    return [{**common, "method": method, "rate": rate} for rate, method in grid]
 
 
 def final_jobs(options: argparse.Namespace) -> list[dict[str, Any]]:
     best = best_rates(options)
     jobs = []
-    for seed, order, names, method in itertools.product(options.seeds, options.orders, options.names, options.methods):
-        if (names, method) in best and not (method in ORDER_FREE and order != options.orders[0]):
-            rate = best[names, method][0]
+    for names, seed, order, method in itertools.product(options.names, options.seeds, options.orders, options.methods):
+        if method in best and not (method in ORDER_FREE and order != options.orders[0]):
+            rate = best[method][0]
             jobs.append({"kind": "run", "method": method, "names": names, "order": order, "seed": seed, "rate": rate})
     return jobs
 
 
-def best_rates(options: argparse.Namespace) -> dict[tuple[str, str], tuple[float, float]]:
-    """(names, method) → (learning rate, its average accuracy on held-out training examples)."""
-    best: dict[tuple[str, str], tuple[float, float]] = {}
+def best_rates(options: argparse.Namespace) -> dict[str, tuple[float, float]]:
+    """Method → (learning rate, its average accuracy on held-out training examples)."""
+    best: dict[str, tuple[float, float]] = {}
     for record in records(options, "tune"):
-        key, score = (record["names"], record["method"]), record["entry"]["average_accuracy"]
+        key, score = record["method"], record["entry"]["average_accuracy"]
         if key not in best or score > best[key][1]:
             best[key] = (record["rate"], score)
     return best
@@ -203,10 +202,10 @@ def write_tables(options: argparse.Namespace) -> None:
             f"| {names} | {method} | {own[0]['rate']:g} | "
             + " | ".join(cells)
             + f" | {_number(row['average_accuracy'])} "
-            f"| {_number(row['backward_transfer'])} | {_number(row['forgetting'])} | {_number(row['learning_accuracy'])} "
-            f"| {entry['trainable_parameters']:,} / {entry['stored_parameters']:,} | {row['seconds']:.0f} |"
+            f"| {_number(row['backward_transfer'])} | {_number(row['forgetting'])} "
+            f"| {_number(row['learning_accuracy'])} | {entry['trainable_parameters']:,} / {entry['stored_parameters']:,} | {row['seconds']:.0f} |"
         )
-    tuned = [{"names": k[0], "method": k[1], "rate": v[0], "validation": v[1]} for k, v in best.items()]
+    tuned = [{"method": method, "rate": rate, "validation": score} for method, (rate, score) in best.items()]
     (options.out / "summary.json").write_text(json.dumps({"runs": summary, "tuned": tuned}, indent=1))
     print("\n".join(lines))
 

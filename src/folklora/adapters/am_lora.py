@@ -16,9 +16,9 @@ from folklora.factored import Factors
 _CHOICES = {
     "gate_input": ("input", "lora", "both"),
     "selector_train": ("new", "all"),
-    "granularity": ("token", "sequence"),
+    "granularity": ("token", "prefix", "sequence"),
     "score_activation": ("identity", "tanh"),
-    "gate_init": ("linear", "zero"),
+    "gate_init": ("linear", "zero", "prototype"),
     "sparsity_on": ("attention", "entropy", "scores"),
 }
 
@@ -68,11 +68,12 @@ class AMLoRA(AdapterConfig):
     gate_input: Literal["input", "lora", "both"] = "input"
     zero_slot: bool = True
     selector_train: Literal["new", "all"] = "new"
-    granularity: Literal["token", "sequence"] = "token"
+    granularity: Literal["token", "prefix", "sequence"] = "prefix"
     score_activation: Literal["identity", "tanh"] = "identity"
     temperature: float = 1.0
     new_gate_bias: float = 0.0
-    gate_init: Literal["linear", "zero"] = "linear"
+    gate_init: Literal["linear", "zero", "prototype"] = "prototype"
+    confidence: float = 4.0
     sparsity: float = 0.0
     sparsity_on: Literal["attention", "entropy", "scores"] = "attention"
 
@@ -108,6 +109,11 @@ class AMLoRA(AdapterConfig):
         gates = self.tasks if self.selector_train == "all" else 1
         return self.r * sum(shape) + gates * (self.gate_width(shape) + 1)
 
+    @property
+    def placed(self) -> bool:
+        """Whether a gate is placed by what it reads on its task, against what the earlier gates read on theirs."""
+        return self.gate_init == "prototype"
+
     def gate_width(self, shape: tuple[int, int]) -> int:
         """d, the number of features a gate reads on a weight of `shape` (out, in)."""
         out, columns = shape
@@ -126,28 +132,52 @@ class AMLoRAUpdate(Update):
         self.needs_full_sequence = config.granularity == "sequence"
         self.A, self.B = nn.ParameterList(), nn.ParameterList()
         self.gate_weight, self.gate_bias = nn.ParameterList(), nn.ParameterList()
+        if config.placed:
+            self.reference = nn.ParameterList()
+            self.mean_read = zeros(shape[1], requires_grad=False)
         self.record = False
         self.attention: Tensor | None = None
+        self.read: Tensor | None = None
         self._penalty: Tensor | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         # a penalty that nobody took hangs on the last pass's graph, which can neither be copied nor pickled
-        return {**self.__dict__, "_penalty": None}
+        return {**self.__dict__, "_penalty": None, "past": None}
 
     def add_task(self, like: Tensor) -> None:
         """Append a LoRA and its gate for a new task, on the device of `like`."""
         out, columns = self.shape
         width = self.config.gate_width(self.shape)
-        bound = 0.0 if self.config.gate_init == "zero" else 1 / math.sqrt(width)
+        bound = 1 / math.sqrt(width) if self.config.gate_init == "linear" else 0.0
         self.A.append(kaiming_uniform(self.config.r, columns, like))
         self.B.append(zeros(out, self.config.r, like=like))
         self.gate_weight.append(nn.Parameter(torch.empty(width, device=like.device).uniform_(-bound, bound)))
         self.gate_bias.append(nn.Parameter(torch.full((1,), self.config.new_gate_bias, device=like.device)))
+        if self.config.placed:
+            start = self.mean_read.data.clone().to(like.device)
+            self.reference.append(nn.Parameter(start, requires_grad=False))
 
     def frozen_parameters(self) -> frozenset[str]:
         """All but the newest task's (and, with selector_train "all", but the gates)."""
         lists = ("A", "B") if self.config.selector_train == "all" else ("A", "B", "gate_weight", "gate_bias")
-        return frozenset(f"{name}.{i}" for name in lists for i in range(len(self.A) - 1))
+        old = frozenset(f"{name}.{i}" for name in lists for i in range(len(self.A) - 1))
+        if not self.config.placed:
+            return old
+        return old | {"mean_read"} | {f"reference.{i}" for i in range(len(self.A))}
+
+    @torch.no_grad()
+    def place_gate(self, mean: Tensor) -> None:
+        """Set the newest gate by the mean [in] of what the gates read on its task, and remember that mean.
+
+        With c the mean over the earlier tasks (0 before the first) and d = mean - c, the score starts as
+        e(q) = κ (2 (q - c) · d / |d|² - 1): κ where q is the task's mean, -κ where it is that of the earlier tasks.
+        """
+        count, mean = len(self.A), mean.to(self.mean_read)
+        d = mean - self.reference[-1]
+        tiny = torch.finfo(d.dtype).tiny
+        self.gate_weight[-1][: len(d)] = 2 * self.config.confidence * d / d.square().sum().clamp_min(tiny)
+        self.gate_bias[-1].fill_(self.config.new_gate_bias - self.config.confidence)
+        self.mean_read.mul_((count - 1) / count).add_(mean, alpha=1 / count)
 
     def factors(self, x: Tensor | None = None, mask: Tensor | None = None) -> Factors:
         """The LoRAs side by side; s holds each one's attention on each of its ranks, [..., t r]."""
@@ -165,17 +195,52 @@ class AMLoRAUpdate(Update):
 
     def scores(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """e_1, ..., e_t for the input [..., in]: float32, [..., t] ([..., 1, t] for one a sequence)."""
-        # an input of fewer dimensions is a vector, or a batch of them, and no sequence
-        pooled = _mean_positions(x, mask) if self.config.granularity == "sequence" and x.dim() > 2 else x
+        pooled = self._pool(x, mask)
+        if self.record:
+            self.read = pooled.detach()
         width = self.shape[1] if self.config.gate_input != "lora" else 0
         total = torch.stack([bias[0] for bias in self.gate_bias]).float()
         weights = torch.stack(list(self.gate_weight))
         if width:
             q = torch.tanh(pooled) if self.config.score_activation == "tanh" else pooled
-            total = total + F.linear(q, weights[:, :width].to(q.dtype)).float() / self.config.temperature
+            own = weights[:, :width]
+            seen = F.linear(q, own.to(q.dtype)).float()
+            if self.config.placed:
+                # w · (q - c) = w · q - w · c: the centre never meets the activations
+                seen = seen - (own * torch.stack(list(self.reference))).sum(-1)
+            total = total + seen / self.config.temperature
         if self.config.gate_input != "input":
             total = total + self._lora_scores(pooled, weights[:, width:]) / self.config.temperature
         return total
+
+    def _pool(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        # an input of fewer dimensions is a vector, or a batch of them, and no sequence
+        if self.config.granularity == "token" or x.dim() < 3:
+            return x
+        if self.config.granularity == "sequence":
+            return _mean_positions(x, mask)
+        return self._mean_prefix(x, mask)
+
+    def _mean_prefix(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """Each position's mean over itself and all before it, those in the cache too; summed in float32."""
+        known = mask is not None and x.shape[:-1] == mask.shape
+        weights = (mask if known else torch.ones_like(x[..., 0])).float().unsqueeze(-1)
+        sums, counts = (x.float() * weights).cumsum(-2), weights.cumsum(-2)
+        if self.before:
+            past_sum, past_count = self._past_of(len(x))
+            sums, counts = sums + past_sum, counts + past_count
+        if not self.training:
+            self.past = (sums[:, -1:].detach(), counts[:, -1:].detach())
+            self.past_length = self.before + x.shape[-2]
+        return (sums / counts.clamp_min(1)).to(x.dtype)
+
+    def _past_of(self, rows: int) -> tuple[Tensor, Tensor]:
+        if self.past is None or len(self.past[0]) != rows or self.past_length != self.before:
+            raise RuntimeError(
+                "AM-LoRA's gates read all earlier positions, and this cache does not continue the last pass; "
+                'generate with use_cache=False, or use granularity="token"'
+            )
+        return self.past
 
     def activation_penalty(self) -> Tensor | None:
         """λ P(a) of the last forward pass in training mode; taken once."""

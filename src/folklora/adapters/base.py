@@ -40,6 +40,14 @@ class Update(nn.Module):
     needs_full_sequence: bool = False
     """Whether a position's update depends on other positions, so that generation cannot continue from a cache."""
 
+    past: tuple[Tensor, ...] | None = None
+    """What an update that reads earlier positions keeps of a pass for one that continues from its cache, [batch, ...]
+    each."""
+    past_length: int = 0
+    """How many positions that was."""
+    before: int = 0
+    """How many positions the cache of this pass holds; set by the host for gated updates."""
+
     def factors(self, x: Tensor | None = None, mask: Tensor | None = None) -> Factors:
         """What is added to W now.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -43,45 +43,59 @@ class AMLoRAStream(ContinualMethod):
         if not isinstance(self.adapter, AMLoRA):
             raise ValueError(f"am-lora needs an AMLoRA adapter, not {type(self.adapter).__name__}")
 
-    def prepare(self, model: PeftModel, index: int) -> None:
-        """Append a LoRA and a gate; the first task finds one there already."""
+    def prepare(self, model: PeftModel, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[Task], index: int) -> None:
+        """Append a LoRA and a gate (the first task finds one there already); place the gate by the task's prompts."""
         if index > 0:
             add_task(model)
+        if self.adapter.placed:
+            updates = _updates(model)
+            prompts = [example.prompt for example in tasks[index].train[:_OBSERVED]]
+            means = _watch(model, tokenizer, prompts, updates, lambda update: update.read.flatten(0, -2).mean(0))
+            for update, mean in zip(updates, means, strict=True):
+                update.place_gate(mean)
 
     def observe(
         self, model: PeftModel, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[Task]
     ) -> dict[str, Any] | None:
         """The mean attention to each slot, by task and layer, over the tokens of up to 64 test prompts."""
-        layers = [(layer.name, layer.folklora_updates["default"]) for layer in layers_of(model)]
-        updates = [update for _, update in layers if isinstance(update, AMLoRAUpdate)]
-        mean = []
-        for update in updates:
-            update.record = True
-        try:
-            for task in tasks:
-                mean.append(_mean_attention(model, tokenizer, [e.prompt for e in task.test[:_OBSERVED]], updates))
-        finally:
-            for update in updates:
-                update.record, update.attention = False, None
+        updates, mean = _updates(model), []
+        for task in tasks:
+            prompts = [example.prompt for example in task.test[:_OBSERVED]]
+            seen = _watch(model, tokenizer, prompts, updates, lambda update: update.attention.flatten(0, -2).mean(0))
+            mean.append([[round(value, 6) for value in row.tolist()] for row in seen])
         slots = [*(["none"] if self.adapter.zero_slot else []), *(task.name for task in tasks)]
-        names = [name for name, _ in layers]
+        names = [layer.name for layer in layers_of(model)]
         return {"layers": names, "slots": slots, "tasks": [task.name for task in tasks], "mean": mean}
 
 
-@torch.inference_mode()
-def _mean_attention(
-    model: PeftModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str], updates: list[AMLoRAUpdate]
-) -> list[list[float]]:
+def _updates(model: PeftModel) -> list[AMLoRAUpdate]:
+    return [layer.folklora_updates["default"] for layer in layers_of(model)]
+
+
+@torch.no_grad()
+def _watch(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    updates: Sequence[AMLoRAUpdate],
+    look: Callable[[AMLoRAUpdate], Tensor],
+) -> list[Tensor]:
+    """What `look` gives for each update, averaged over prompts read one by one."""
     training = model.training
     model.eval()
-    totals: list[Tensor] = [torch.zeros(()) for _ in updates]
-    for prompt in prompts:
-        inputs = tokenizer(prompt, return_tensors="pt", truncation=True).to(model.device)
-        inputs.pop("token_type_ids", None)
-        if model.config.is_encoder_decoder:
-            inputs["decoder_input_ids"] = inputs["input_ids"][:, :1]
-        model(**inputs)
-        for i, update in enumerate(updates):
-            totals[i] = totals[i] + update.attention.flatten(0, -2).mean(0).double().cpu()
-    model.train(training)
-    return [[round(value, 6) for value in (total / len(prompts)).tolist()] for total in totals]
+    totals = [torch.zeros((), dtype=torch.float64)] * len(updates)
+    for update in updates:
+        update.record = True
+    try:
+        for prompt in prompts:
+            inputs = tokenizer(prompt, return_tensors="pt", truncation=True).to(model.device)
+            inputs.pop("token_type_ids", None)
+            if model.config.is_encoder_decoder:
+                inputs["decoder_input_ids"] = inputs["input_ids"][:, :1]
+            model(**inputs)
+            totals = [total + look(update).double().cpu() for total, update in zip(totals, updates, strict=True)]
+    finally:
+        model.train(training)
+        for update in updates:
+            update.record, update.attention, update.read = False, None, None
+    return [total / len(prompts) for total in totals]

@@ -45,7 +45,7 @@ class ContinualMethod:
             config.task_type = TaskType.SEQ_2_SEQ_LM if encoder_decoder else TaskType.CAUSAL_LM
         return get_peft_model(model, config, adapter_name=adapter_name)
 
-    def prepare(self, model: PeftModel, index: int) -> None:
+    def prepare(self, model: PeftModel, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[Task], index: int) -> None:
         """Make the model ready to learn task number `index` (from 0); called before its training."""
 
     def examples(self, tasks: Sequence[Task], index: int, seed: int) -> list[Example]:
@@ -87,7 +87,7 @@ class AdapterPerTask(ContinualMethod):
         """Put the first task's adapter on the base model."""
         return super().start(model, adapter_name)
 
-    def prepare(self, model: PeftModel, index: int) -> None:
+    def prepare(self, model: PeftModel, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[Task], index: int) -> None:
         """Add the task's adapter; only it is trained."""
         name = f"task_{index}"
         if name not in model.peft_config:

@@ -18,6 +18,7 @@ from transformers import DynamicCache, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.modeling_outputs import BaseModelOutput
 
+from folklora.adapters.host.layer import restore_past, saved_past
 from folklora.stream.tasks import Task
 from folklora.stream.tokens import label_tokens, prompt_tokens
 
@@ -272,10 +273,13 @@ def _score_endings(
 ) -> Tensor:
     """Log-likelihood of each label after its first token, continuing from the cache of the prompts."""
     scores = torch.empty(len(mask), len(labels), device=reader.device)
+    remembered = saved_past(reader.model)
     chunks = list(_pairs(len(mask), labels, _LABELS_A_PROMPT * batch_size))
     for number, (rows, columns) in enumerate(chunks, start=1):
         past = cache if number == len(chunks) else copy.deepcopy(cache)
-        past.reorder_cache(torch.tensor(rows, device=reader.device))
+        taken = torch.tensor(rows, device=reader.device)
+        past.reorder_cache(taken)
+        restore_past(remembered, taken)
         ids, kept = reader.pad([labels[column][:-1] for column in columns], left=False)
         targets, _ = reader.pad([labels[column][1:] for column in columns], left=False)
         both = torch.cat([mask[rows], kept], dim=1)

@@ -158,7 +158,7 @@ class _Lesson:
         start = self.states[0]["start"] if self.states else self._start(model)
         seed = course.seed * 1000 + index
         set_seed(seed)
-        self.method.prepare(model, index)
+        self.method.prepare(model, course.tokenizer, course.tasks, index)
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         examples = self.method.examples(course.tasks, index, course.seed)
         name = "all tasks" if self.method.joint else course.tasks[index].name

@@ -36,10 +36,12 @@ class CallContext:
     Args:
         rows: The adapter of each row of the batch ("__base__" for none), or None where all rows share the active ones.
         masks: Attention masks [batch, positions] of this call, a decoder's own before its encoder's.
+        before: How many positions a cache holds that come before this call's.
     """
 
     rows: list[str] | None = None
     masks: tuple[Tensor, ...] = ()
+    before: int = 0
 
     def mask_for(self, x: Tensor) -> Tensor | None:
         """The mask of the very positions of an input [batch, positions, width], if it is known."""
@@ -161,7 +163,11 @@ class FolkloraLayer(nn.Module, BaseTunerLayer):
         return [name for name in names if name in self.folklora_updates]
 
     def _inputs(self, name: str, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        return (x, self.context.mask_for(x)) if self.folklora_updates[name].gated else (None, None)
+        update = self.folklora_updates[name]
+        if not update.gated:
+            return None, None
+        update.before = self.context.before
+        return x, self.context.mask_for(x)
 
     def _factors(self, name: str, x: Tensor) -> Factors:
         factors = self.folklora_updates[name].factors(*self._inputs(name, x))
@@ -300,3 +306,18 @@ def updates_of(model: nn.Module, adapter_name: str) -> Iterator[tuple[FolkloraLa
         for layer in layers_of(model)
         if adapter_name in layer.folklora_updates
     )
+
+
+Past = tuple[Update, tuple[Tensor, ...], int]
+
+
+def saved_past(model: nn.Module) -> list[Past]:
+    """What the updates remember of the last pass for one that continues from its cache."""
+    updates = (update for layer in layers_of(model) for update in layer.folklora_updates.values())
+    return [(update, update.past, update.past_length) for update in updates if update.past is not None]
+
+
+def restore_past(saved: list[Past], rows: Tensor) -> None:
+    """Put it back, taking the given rows of the batch, as the cache's rows were taken."""
+    for update, past, length in saved:
+        update.past, update.past_length = tuple(part.index_select(0, rows) for part in past), length

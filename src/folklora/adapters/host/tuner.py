@@ -216,6 +216,8 @@ class _MaskReader:
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         masks = (kwargs.get(name) for name in _MASKS)
         self.context.masks = tuple(m for m in masks if isinstance(m, Tensor) and m.dim() == 2)
+        cache = kwargs.get("past_key_values")
+        self.context.before = 0 if cache is None else int(cache.get_seq_length())
 
 
 def _called_with_masks(model: nn.Module) -> list[nn.Module]:
