@@ -133,8 +133,7 @@ class AMLoRAUpdate(Update):
         self.A, self.B = nn.ParameterList(), nn.ParameterList()
         self.gate_weight, self.gate_bias = nn.ParameterList(), nn.ParameterList()
         if config.placed:
-            self.reference = nn.ParameterList()
-            self.mean_read = zeros(shape[1], requires_grad=False)
+            self.known, self.distance = nn.ParameterList(), nn.ParameterList()
         self.record = False
         self.attention: Tensor | None = None
         self.read: Tensor | None = None
@@ -154,8 +153,8 @@ class AMLoRAUpdate(Update):
         self.gate_weight.append(nn.Parameter(torch.empty(width, device=like.device).uniform_(-bound, bound)))
         self.gate_bias.append(nn.Parameter(torch.full((1,), self.config.new_gate_bias, device=like.device)))
         if self.config.placed:
-            start = self.mean_read.data.clone().to(like.device)
-            self.reference.append(nn.Parameter(start, requires_grad=False))
+            self.known.append(zeros(columns, like=like, requires_grad=False))
+            self.distance.append(nn.Parameter(torch.ones(1, device=like.device), requires_grad=False))
 
     def frozen_parameters(self) -> frozenset[str]:
         """All but the newest task's (and, with selector_train "all", but the gates)."""
@@ -163,21 +162,51 @@ class AMLoRAUpdate(Update):
         old = frozenset(f"{name}.{i}" for name in lists for i in range(len(self.A) - 1))
         if not self.config.placed:
             return old
-        return old | {"mean_read"} | {f"reference.{i}" for i in range(len(self.A))}
+        return old | {f"{name}.{i}" for name in ("known", "distance") for i in range(len(self.A))}
 
     @torch.no_grad()
     def place_gate(self, mean: Tensor) -> None:
-        """Set the newest gate by the mean [in] of what the gates read on its task, and remember that mean.
+        """Set the newest gate by the mean m [in] of what the gates read on its task's prompts, before it is trained.
 
-        With c the mean over the earlier tasks (0 before the first) and d = mean - c, the score starts as
-        e(q) = κ (2 (q - c) · d / |d|² - 1): κ where q is the task's mean, -κ where it is that of the earlier tasks.
+        d = P (m - m_1);  w = (κ' + κ) d / |d|,  b = -κ: the score starts at -κ where the gate reads any earlier
+        task's mean, and where it reads m at κ', which is κ above the highest of 0 and the earlier gates' scores there.
         """
-        count, mean = len(self.A), mean.to(self.mean_read)
-        d = mean - self.reference[-1]
-        tiny = torch.finfo(d.dtype).tiny
-        self.gate_weight[-1][: len(d)] = 2 * self.config.confidence * d / d.square().sum().clamp_min(tiny)
+        slot = len(self.A) - 1
+        d = self._unknown(mean.to(self.known[-1]), slot)
+        length = d.norm().clamp_min(torch.finfo(d.dtype).tiny)
+        self.distance[-1].fill_(length)
+        rivals = self.scores(mean.to(d))[:-1].clamp_min(0) * self.config.temperature
+        rise = 2 * self.config.confidence + (rivals.max() if slot else 0.0)
+        self.gate_weight[-1][: len(d)] = rise * d / length
         self.gate_bias[-1].fill_(self.config.new_gate_bias - self.config.confidence)
-        self.mean_read.mul_((count - 1) / count).add_(mean, alpha=1 / count)
+
+    @torch.no_grad()
+    def remember(self, mean: Tensor) -> None:
+        """Note the mean [in] of what the gates read on the newest task, now that it is learnt, for the later gates."""
+        slot = len(self.A) - 1
+        d = self._unknown(mean.to(self.known[-1]), slot)
+        self.known[-1].copy_(d / d.norm().clamp_min(torch.finfo(d.dtype).tiny) if slot else d)
+
+    def _unknown(self, mean: Tensor, slot: int) -> Tensor:
+        """P (mean - m_1): what sets it apart from all that was read on the tasks before `slot`."""
+        if slot == 0:
+            return mean
+        d = mean - self.known[0]
+        for earlier in list(self.known)[1:slot]:
+            d = d - (d @ earlier) * earlier
+        return d
+
+    def _placed_weights(self, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """The gates' weights [t, in] on the input itself, and the constants [t] that centring takes off.
+
+        A gate reads P (q - m_1) / |d|, P the projection off what told the earlier tasks from the first: however it is
+        trained, its score where it reads an earlier task's mean stays its bias. P is applied to w, not to q.
+        """
+        basis = torch.stack(list(self.known))[1:]
+        along = (weights @ basis.T).tril(-2)
+        weights = (weights - along @ basis) / torch.stack(list(self.distance))
+        centre = torch.cat([torch.zeros_like(weights[:1]), self.known[0].expand_as(weights[1:])])
+        return weights, (weights * centre).sum(-1)
 
     def factors(self, x: Tensor | None = None, mask: Tensor | None = None) -> Factors:
         """The LoRAs side by side; s holds each one's attention on each of its ranks, [..., t r]."""
@@ -203,11 +232,10 @@ class AMLoRAUpdate(Update):
         weights = torch.stack(list(self.gate_weight))
         if width:
             q = torch.tanh(pooled) if self.config.score_activation == "tanh" else pooled
-            own = weights[:, :width]
-            seen = F.linear(q, own.to(q.dtype)).float()
+            own, offset = weights[:, :width], 0.0
             if self.config.placed:
-                # w · (q - c) = w · q - w · c: the centre never meets the activations
-                seen = seen - (own * torch.stack(list(self.reference))).sum(-1)
+                own, offset = self._placed_weights(own)
+            seen = F.linear(q, own.to(q.dtype)).float() - offset
             total = total + seen / self.config.temperature
         if self.config.gate_input != "input":
             total = total + self._lora_scores(pooled, weights[:, width:]) / self.config.temperature

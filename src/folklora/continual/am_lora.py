@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -16,7 +16,7 @@ from folklora.adapters.host.layer import layers_of
 from folklora.continual.base import ContinualMethod
 from folklora.stream.tasks import Task
 
-_OBSERVED = 64
+_OBSERVED = 48
 
 
 @dataclass
@@ -48,16 +48,22 @@ class AMLoRAStream(ContinualMethod):
         if index > 0:
             add_task(model)
         if self.adapter.placed:
-            updates = _updates(model)
-            prompts = [example.prompt for example in tasks[index].train[:_OBSERVED]]
-            means = _watch(model, tokenizer, prompts, updates, lambda update: update.read.flatten(0, -2).mean(0))
-            for update, mean in zip(updates, means, strict=True):
+            for update, mean in _ends_of(model, tokenizer, tasks[index]):
                 update.place_gate(mean)
+
+    def finish(
+        self, model: PeftModel, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[Task], index: int
+    ) -> dict[str, Tensor]:
+        """Note what the gates read on the task now that it is learnt, for the gates of later tasks."""
+        if self.adapter.placed:
+            for update, mean in _ends_of(model, tokenizer, tasks[index]):
+                update.remember(mean)
+        return {}
 
     def observe(
         self, model: PeftModel, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[Task]
     ) -> dict[str, Any] | None:
-        """The mean attention to each slot, by task and layer, over the tokens of up to 64 test prompts."""
+        """The mean attention to each slot, by task and layer, over the tokens of up to 48 test prompts."""
         updates, mean = _updates(model), []
         for task in tasks:
             prompts = [example.prompt for example in task.test[:_OBSERVED]]
@@ -70,6 +76,14 @@ class AMLoRAStream(ContinualMethod):
 
 def _updates(model: PeftModel) -> list[AMLoRAUpdate]:
     return [layer.folklora_updates["default"] for layer in layers_of(model)]
+
+
+def _ends_of(model: PeftModel, tokenizer: PreTrainedTokenizerBase, task: Task) -> Iterator[tuple[AMLoRAUpdate, Tensor]]:
+    """(update, the mean of what its gates read at the end of the task's training prompts), layer by layer."""
+    updates = _updates(model)
+    prompts = [example.prompt for example in task.train[:_OBSERVED]]
+    means = _watch(model, tokenizer, prompts, updates, lambda update: update.read.flatten(0, -2)[-1])
+    return zip(updates, means, strict=True)
 
 
 @torch.no_grad()

@@ -62,7 +62,9 @@ class ContinualMethod:
         """What is added to the loss of every micro-batch beside the adapters' own penalties."""
         return None
 
-    def finish(self, model: PeftModel, index: int) -> dict[str, Tensor]:
+    def finish(
+        self, model: PeftModel, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[Task], index: int
+    ) -> dict[str, Tensor]:
         """What is carried on to the later tasks beside the adapters; called after the training of task `index`."""
         return {}
 

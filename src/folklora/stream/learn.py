@@ -173,7 +173,7 @@ class _Lesson:
             folder=course.run.path / self.method.method / ".trainer",
             on_step=lambda step, steps, loss: course.tell(event="step", step=step, steps=steps, loss=loss),
         )
-        carried = self.method.finish(model, index)
+        carried = self.method.finish(model, course.tokenizer, course.tasks, index)
         trained = time.perf_counter() - began
         row = self._row(model, len(course.tasks) if self.method.joint else index + 1)
         last = index + 1 == self.stages
