@@ -3,8 +3,9 @@
     python benchmarks/standard_stream.py --model MODEL --data cl_benchmark --out OUT [--stage tune|run|both]
 
 DATA holds tasks.json and a folder a task with train.jsonl and test.jsonl. Each method is tuned over the same learning
-rates on a tenth of order 1's training examples, held out (one seed, the first kind of prompt); then it learns orders 1-3 with its best one, for
-each seed, and is scored on the test examples. Once with the prompt's lines that name the task, once without.
+rates on a tenth of order 1's training examples, held out (one seed, the first kind of prompt); then it learns orders
+1-3 with its best one, for each seed, and is scored on the test examples. Once with the prompt's lines that name the
+task, once without.
 Runs are independent: `--workers` of them share the device, and each finished run is kept, so the script resumes.
 """
 
@@ -25,7 +26,7 @@ ORDERS = ("order1", "order2", "order3")
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "am-lora": ("am-lora", {}),
     "am-lora, token gate": ("am-lora", {"granularity": "token", "gate_init": "linear"}),
-    "am-lora, literal": ("am-lora", {"granularity": "token", "gate_init": "linear", "gate_input": "lora"}),
+    "am-lora, literal": ("am-lora", {"gate_input": "lora"}),
     "seq-lora": ("seq-lora", {}),
     "inc-lora": ("inc-lora", {}),
     "replay 2 %": ("replay", {"memory": 0.02}),
@@ -203,7 +204,8 @@ def write_tables(options: argparse.Namespace) -> None:
             + " | ".join(cells)
             + f" | {_number(row['average_accuracy'])} "
             f"| {_number(row['backward_transfer'])} | {_number(row['forgetting'])} "
-            f"| {_number(row['learning_accuracy'])} | {entry['trainable_parameters']:,} / {entry['stored_parameters']:,} | {row['seconds']:.0f} |"
+            f"| {_number(row['learning_accuracy'])} | {entry['trainable_parameters']:,} / "
+            f"{entry['stored_parameters']:,} | {row['seconds']:.0f} |"
         )
     tuned = [{"method": method, "rate": rate, "validation": score} for method, (rate, score) in best.items()]
     (options.out / "summary.json").write_text(json.dumps({"runs": summary, "tuned": tuned}, indent=1))

@@ -29,8 +29,8 @@ class AMLoRA(AdapterConfig):
 
     A layer with frozen W [out, in] holds a LoRA (A_i [r, in], B_i [out, r]) and a gate (w_i, b_i) for every task i.
         h_i(x) = s B_i (A_i x),  s = α/r                    what task i's LoRA would add
-        e_i = w_i · g(q_i) / τ + b_i,  e_0 = 0               scores; slot 0 is the zero LoRA ("use none")
-        a = softmax(e_0, e_1, ..., e_t)                     attention over the slots, for each token
+        e_i = w_i · g(q_i) / τ + b_i,  e_0 = 0              scores; slot 0 is the zero LoRA ("use none")
+        a = softmax(e_0, e_1, ..., e_t)                     attention over the slots
         y = W x + b + Σ_{i ≥ 1} a_i h_i(x)
     Only the newest LoRA and its gate are trained; base and older LoRAs are frozen. No task id is needed. A weight
     trains r (in + out) + d + 1 parameters a task, d = in, out or in + out by `gate_input`.
@@ -40,8 +40,16 @@ class AMLoRA(AdapterConfig):
 
     Source: Liu, Wu, Liu, Duan, "Learning Attentional Mixture of LoRAs for Language Model Continual Learning", 2024,
     arXiv 2409.19611. No code is public and the paper leaves choices open; every option below from `gate_input` on is
-    such a choice. The literal reading of the paper, a dense layer over the LoRAs' outputs, is `gate_input="lora"`;
-    the defaults are what measured best: gates that read the layer's input, with the zero slot, λ = 0.
+    such a choice. The literal reading of the paper, a dense layer over the LoRAs' outputs token by token, is
+    `gate_input="lora"`. In a language model such gates, and those that read a token's own x, hardly tell tasks apart
+    at the last token of a prompt, and forget. The default departs from it: a gate reads the mean of x over the
+    prefix, and `gate_init="prototype"` places it where its task is read,
+        e_i(q) = w_i · P_i (q - m_1) / |d_i| + b_i,  d_i = P_i (m_i - m_1),  w_i = (κ' + κ) d_i / |d_i|,  b_i = -κ
+    with m_i [in] the mean of what is read at the end of task i's prompts, P_i the projection off m_2 - m_1, ...,
+    m_{i-1} - m_1 (measured once each task was learnt; the first gate has P = 1 and no centre) and κ' = κ above the
+    highest earlier score at m_i. Training moves w_i and b_i; whatever it does to w_i, the score where an earlier task
+    is read stays b_i. No examples are kept, 2 in + 1 numbers a weight and task are. The stream measures the means; an
+    adapter used without it (`place_gate`, `remember` never called) has gates that start at 0.
 
     Args:
         r: Rank of each task's LoRA.
@@ -50,12 +58,15 @@ class AMLoRA(AdapterConfig):
         gate_input: What a gate reads, q_i: the layer's "input" x, the "lora" output h_i(x), or "both".
         zero_slot: Whether slot 0 takes part in the softmax.
         selector_train: Train the "new" task's gate only, or "all" gates.
-        granularity: One attention a "token", or one a "sequence" from q averaged over its tokens (the last dimension
-            but one; an input without it, [batch, in], has an attention a row).
+        granularity: Read each "token" by itself, the mean of the "prefix" that ends with it, or the mean of the whole
+            "sequence" (which sees ahead: no generation from a cache). "prefix" continues from a cache without beams.
+            None takes "token" for gates on LoRA outputs and "prefix" for the others.
         score_activation: g, "identity" or "tanh".
         temperature: τ.
-        new_gate_bias: Start of b_i; below 0 a new task disturbs the old ones less and learns more slowly.
-        gate_init: Start of w_i: "linear" draws U(-1/√d, 1/√d), "zero" is 0.
+        new_gate_bias: Start of b_i, or what is added to it; below 0 a new task disturbs the old ones less.
+        gate_init: Start of w_i: "linear" draws U(-1/√d, 1/√d), "zero" is 0, "prototype" as above. None takes "linear"
+            for gates on LoRA outputs and "prototype" for the others.
+        confidence: κ of "prototype".
         sparsity: λ.
         sparsity_on: P, "attention", "entropy" or "scores".
     """
@@ -68,11 +79,11 @@ class AMLoRA(AdapterConfig):
     gate_input: Literal["input", "lora", "both"] = "input"
     zero_slot: bool = True
     selector_train: Literal["new", "all"] = "new"
-    granularity: Literal["token", "prefix", "sequence"] = "prefix"
+    granularity: Literal["token", "prefix", "sequence"] | None = None
     score_activation: Literal["identity", "tanh"] = "identity"
     temperature: float = 1.0
     new_gate_bias: float = 0.0
-    gate_init: Literal["linear", "zero", "prototype"] = "prototype"
+    gate_init: Literal["linear", "zero", "prototype"] | None = None
     confidence: float = 4.0
     sparsity: float = 0.0
     sparsity_on: Literal["attention", "entropy", "scores"] = "attention"
@@ -84,9 +95,17 @@ class AMLoRA(AdapterConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_rank(self.r)
+        literal = self.gate_input == "lora"
+        self.granularity = self.granularity or ("token" if literal else "prefix")
+        self.gate_init = self.gate_init or ("linear" if literal else "prototype")
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
+        if literal and self.placed:
+            raise ValueError(
+                'gate_init="prototype" places a gate by the layer\'s input, which gate_input="lora" does not read; '
+                'choose gate_init="linear" or "zero"'
+            )
         if self.tasks < 1 or self.temperature <= 0 or self.sparsity < 0:
             raise ValueError(
                 "AMLoRA needs tasks >= 1, temperature > 0 and sparsity >= 0, "

@@ -26,7 +26,7 @@ def demo_options() -> dict[str, Any]:
         "dropout": 0.0,
         "target_modules": "all-linear",
         "learning_rate": 3e-3,
-        "epochs": 4,
+        "epochs": 1.5,
         "batch_size": 16,
         "max_length": 96,
         "schedule": "linear",
