@@ -32,7 +32,8 @@ def run() -> None:
     except _EXPECTED as error:
         if os.environ.get("FOLKLORA_TRACEBACK"):
             raise
-        Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False)
+        err = Console(stderr=True)
+        err.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         raise SystemExit(1) from error
     except KeyboardInterrupt:
         Console(stderr=True).print("interrupted; --resume goes on after the last finished task", style="yellow")
@@ -106,7 +107,7 @@ def compare(
 
     console.print(render_table(compare_runs(runs, out)))
     if out is not None:
-        console.print(f"written: {out / 'compare.html'}")
+        console.print(f"written: {out / 'compare.html'}", soft_wrap=True)
 
 
 @app.command()
@@ -114,7 +115,7 @@ def report(run_directory: Annotated[Path, typer.Argument(metavar="RUN", help="A 
     """Write RUN/report.html: matrices, accuracy over the stream, attention, losses; one file, no network."""
     from folklora.stream.report import write_report
 
-    console.print(f"written: {write_report(run_directory)}")
+    console.print(f"written: {write_report(run_directory)}", soft_wrap=True)
 
 
 @app.command()
@@ -133,11 +134,14 @@ def export(
     _hush()
     if not (adapter / "adapter_model.safetensors").is_file():
         raise ValueError(f"{adapter} holds no adapter_model.safetensors")
-    kind = AutoModelForSeq2SeqLM if AutoConfig.from_pretrained(model).is_encoder_decoder else AutoModelForCausalLM
-    base = kind.from_pretrained(model, dtype=torch.float32, use_safetensors=True)
+    # said outright: where it is not, transformers asks on the terminal whether to run the model's own code
+    config = AutoConfig.from_pretrained(model, trust_remote_code=False)
+    kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    base = kind.from_pretrained(model, dtype=torch.float32, use_safetensors=True, trust_remote_code=False)
     ranks = export_lora(PeftModel.from_pretrained(base, str(adapter)), out)
     spread = sorted(set(ranks.values()))
-    console.print(f"written: {out}  ({len(ranks)} layers, LoRA rank {', '.join(map(str, spread))}, scaling 1)")
+    layers = f"{len(ranks)} layers, LoRA rank {', '.join(map(str, spread))}, scaling 1"
+    console.print(f"written: {out}  ({layers})", soft_wrap=True)
 
 
 @app.command()
@@ -162,11 +166,13 @@ def env() -> None:
 
 def _arguments(given: dict[str, Any], pairs: list[str], config: Path | None) -> dict[str, Any]:
     """The options of the file, then of the command line, as arguments of `folklora.learn`."""
-    from folklora.stream.options import parse_options
+    from folklora.stream.options import parse_options, parse_value
 
     arguments: dict[str, Any] = _read_config(config, set(given)) if config is not None else {}
     arguments.update({name: value for name, value in given.items() if value is not None})
-    arguments["options"] = {**arguments.pop("set", {}), **parse_options(pairs)}
+    # YAML reads 1e-3 as text
+    written = {k: parse_value(v) if isinstance(v, str) else v for k, v in arguments.pop("set", {}).items()}
+    arguments["options"] = {**written, **parse_options(pairs)}
     if isinstance(arguments.get("tasks"), str):
         arguments["tasks"] = [arguments["tasks"]]
     return arguments
@@ -185,6 +191,8 @@ def _read_config(path: Path, known: set[str]) -> dict[str, Any]:
     if unknown:
         allowed = ", ".join(sorted(known | {"set"}))
         raise ValueError(f"{path}: unknown option {', '.join(map(str, unknown))}; known: {allowed}")
+    if not isinstance(read.get("set", {}), dict):
+        raise ValueError(f"{path}: expected option: value pairs under set, found {read['set']!r}")
     return read
 
 
@@ -217,7 +225,7 @@ def _show(finished: Any) -> None:
         console.print(matrix_table(name, entry, results["tasks"]))
     report_file = finished.path / "report.html"
     if report_file.is_file():
-        console.print(f"report: {report_file}")
+        console.print(f"report: {report_file}", soft_wrap=True)
 
 
 def _hush() -> None:

@@ -57,6 +57,10 @@ class Update(nn.Module):
         """
         raise NotImplementedError
 
+    batched_penalty: ClassVar[bool] = False
+    """Whether `penalty` is one function of the trained parameters in all layers of an adapter, made of operations that
+    `torch.func.vmap` can batch: then layers of one shape are computed together."""
+
     def split(self, x: Tensor | None = None, mask: Tensor | None = None) -> tuple[Factors, Factors | None]:
         """`factors` in two parts: what reads the dropped-out input, and what takes the input as it is."""
         return self.factors(x, mask), None

@@ -117,6 +117,7 @@ class KaSAUpdate(Update):
     """ΔW = η B diag(d) A - P Q; A, B, d trained, P [out, t] and Q [t, in] frozen."""
 
     frozen: ClassVar[frozenset[str]] = frozenset({"P", "Q"})
+    batched_penalty: ClassVar[bool] = True
 
     def __init__(self, A: nn.Parameter, B: nn.Parameter, d: nn.Parameter, P: Tensor, Q: Tensor, config: KaSA) -> None:
         super().__init__()

@@ -34,10 +34,12 @@ from folklora.stream.files import write_json
 from folklora.stream.options import build_method, describe, split_options
 from folklora.stream.report import write_report
 from folklora.stream.run import Run, create_run
-from folklora.stream.tasks import Task, hold_out, load_tasks
-from folklora.stream.train import TrainSettings, train_task
+from folklora.stream.tasks import Example, Task, hold_out, load_tasks
+from folklora.stream.tokens import label_tokens
+from folklora.stream.train import TrainSettings, encode, train_task
 
 Progress = Callable[..., None]
+METRICS = ("auto", "rank", "exact")
 
 
 def learn(
@@ -94,6 +96,7 @@ def learn(
     base = _load_model(model, settings, trust_remote_code)
     reader = tokenizer or _load_tokenizer(model, base, trust_remote_code)
     _check_fit(methods, base)
+    _check_texts(stream, reader, settings, metric, bool(base.config.is_encoder_decoder))
     request = _request(model, stream, methods, settings, metric, validation, seed)
     run = create_run(out, request, resume=resume, overwrite=overwrite)
     course = _Course(run, stream, settings, metric, seed, reader, progress or _silent)
@@ -314,6 +317,28 @@ def _check_fit(methods: Sequence[ContinualMethod], base: PreTrainedModel) -> Non
         trial.adapter = config
         with torch.device("meta"):
             trial.start(shell)
+
+
+def _check_texts(
+    tasks: Sequence[Task], tokenizer: PreTrainedTokenizerBase, settings: TrainSettings, metric: str, two_sided: bool
+) -> None:
+    """Try the metric and every different answer, so that what cannot be scored or encoded is found before training."""
+    if metric not in METRICS:
+        raise ValueError(f"metric must be {', '.join(METRICS[:-1])} or {METRICS[-1]}, not {metric!r}")
+    problems = []
+    for task in tasks:
+        ranked = metric == "rank" or (metric == "auto" and task.labels is not None)
+        try:
+            if ranked and task.labels is None:
+                raise ValueError("it has no labels to rank; use metric exact")
+            if ranked:
+                label_tokens(tokenizer, task.labels)
+            for answer in dict.fromkeys(example.completion for example in task.train):
+                encode(tokenizer, Example(task.train[0].prompt, answer), settings.max_length, two_sided)
+        except ValueError as error:
+            problems.append(f"task '{task.name}': {error}")
+    if problems:
+        raise ValueError("\n".join(problems))
 
 
 def _request(

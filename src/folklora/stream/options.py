@@ -29,11 +29,16 @@ def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
         key, found, value = pair.partition("=")
         if not found or not key:
             raise ValueError(f"'{pair}' is not of the form option=value")
-        try:
-            options[key.strip()] = json.loads(value)
-        except json.JSONDecodeError:
-            options[key.strip()] = {"None": None, "True": True, "False": False}.get(value, value)
+        options[key.strip()] = parse_value(value)
     return options
+
+
+def parse_value(text: str) -> Any:
+    """An option's value: read as JSON where it is JSON, as text otherwise."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return {"None": None, "True": True, "False": False}.get(text, text)
 
 
 def split_options(

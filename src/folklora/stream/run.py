@@ -19,6 +19,7 @@ from typing import Any
 
 from accelerate import PartialState
 from peft import PeftModel
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel

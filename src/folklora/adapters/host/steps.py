@@ -70,25 +70,43 @@ def _regularised(layer: FolkloraLayer) -> Iterator[tuple[str, Update]]:
             yield name, update
 
 
+Pair = tuple[nn.Parameter, Tensor]
+
+
 def _penalties(
     updates: list[tuple[FolkloraLayer, str, Update]], held: set[int] | None = None
-) -> Iterator[tuple[Tensor, list[tuple[nn.Parameter, Tensor]]]]:
+) -> Iterator[tuple[Tensor, list[Pair]]]:
     """(penalty, [(parameter, the tensor that stands for it there)]), of what the optimizer holds where it is given."""
     counts: dict[tuple[int, str], int] = defaultdict(int)
-    for layer, name, _ in updates:
-        counts[id(layer.context), name] += 1
+    groups: dict[tuple, list[tuple[FolkloraLayer, str, Update]]] = defaultdict(list)
     for layer, name, update in updates:
-        named = {key: p for key, p in update.named_parameters() if p.requires_grad}
-        named = {key: p for key, p in named.items() if held is None or id(p) in held}
-        if not named:
-            continue
-        whole = _gathered(update)
-        value = _call(update, "penalty", whole)
-        if value is None:
-            continue
-        mean = layer.reductions[name] == "mean"
-        value = value / counts[id(layer.context), name] if mean else value
-        yield value, [(p, whole.get(key, p)) for key, p in named.items()]
+        counts[id(layer.context), name] += 1
+        alike = tuple((key, p.shape, p.dtype, p.device) for key, p in update.named_parameters())
+        apart = None if update.batched_penalty else id(update)
+        groups[id(layer.context), name, type(update), alike, apart].append((layer, name, update))
+    for (context, name, *_), group in groups.items():
+        trained = [[kp for kp in u.named_parameters() if kp[1].requires_grad] for _, _, u in group]
+        trained = [[kp for kp in named if held is None or id(kp[1]) in held] for named in trained]
+        keep = [i for i, named in enumerate(trained) if named]
+        value, pairs = _group_penalty([group[i][2] for i in keep], [dict(trained[i]) for i in keep])
+        if value is not None:
+            mean = group[0][0].reductions[name] == "mean"
+            yield value / counts[context, name] if mean else value, pairs
+
+
+def _group_penalty(updates: list[Update], trained: list[dict[str, nn.Parameter]]) -> tuple[Tensor | None, list[Pair]]:
+    """The sum of the penalties of updates that are alike, in one batched pass where there are several."""
+    if not updates:
+        return None, []
+    wholes = [_gathered(update) for update in updates]
+    pairs = [(p, whole.get(key, p)) for named, whole in zip(trained, wholes, strict=True) for key, p in named.items()]
+    first = _call(updates[0], "penalty", wholes[0])
+    if len(updates) == 1 or first is None:
+        return first, pairs
+    full = [{**dict(u.named_parameters()), **whole} for u, whole in zip(updates, wholes, strict=True)]
+    keys = [key for key, p in full[0].items() if p.requires_grad]
+    stacked = {key: torch.stack([parameters[key] for parameters in full]) for key in keys}
+    return torch.func.vmap(lambda one: _call(updates[0], "penalty", one))(stacked).sum(), pairs
 
 
 @torch.no_grad()
@@ -142,7 +160,9 @@ def _add_penalty_gradients(optimizer: Optimizer, args: Any, kwargs: Any) -> None
             for (parameter, _), gradient in zip(pairs, gradients, strict=True):
                 if gradient is None:
                     continue
-                gradient = _sharded_like(parameter, gradient if scale is None else gradient * scale)
+                # fused optimizers read a gradient as if it lay in memory like its parameter
+                gradient = (gradient if scale is None else gradient * scale).contiguous()
+                gradient = _sharded_like(parameter, gradient)
                 parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
 
 
