@@ -90,9 +90,7 @@ def runs(model_folder, tmp_path_factory) -> list[Path]:
     folder = tmp_path_factory.mktemp("runs")
     sources = write_tasks(folder / "tasks")
     for seed in (0, 1):
-        learn(
-            model_folder, sources, ["seq-lora", "am-lora"], out=folder / f"run{seed}", options=SETTINGS, seed=seed
-        )
+        learn(model_folder, sources, ["seq-lora", "am-lora"], out=folder / f"run{seed}", options=SETTINGS, seed=seed)
     return [folder / "run0", folder / "run1"]
 
 
@@ -100,7 +98,9 @@ def runs(model_folder, tmp_path_factory) -> list[Path]:
 def refused(folklora, model_folder, tasks, tmp_path) -> Callable[..., str]:
     """`refused(word, ...)` is what `learn` says on standard error; fails where it began or left anything."""
 
-    def go(*words: object, sources: list[object] | None = None, method: str = "seq-lora", out: Path | None = None) -> str:
+    def go(
+        *words: object, sources: list[object] | None = None, method: str = "seq-lora", out: Path | None = None
+    ) -> str:
         places = [word for task in (tasks if sources is None else sources) for word in ("--tasks", task)]
         out = out or tmp_path / "run"
         before = sorted(tmp_path.rglob("*"))

@@ -19,6 +19,7 @@ from folklora.adapters.host.layer import FolkloraLayer, updates_of
 EPS32 = torch.finfo(torch.float32).eps
 IN, OUT, R = 24, 20, 3
 SHAPE = (OUT, IN)
+TOKEN_GATES = {"granularity": "token", "gate_init": "linear"}
 
 
 class Net(nn.Module):
@@ -38,10 +39,10 @@ def net() -> Net:
 
 
 def adapted(base: nn.Module | None = None, fill: bool = True, **options: Any) -> PeftModel:
-    """A model whose LoRAs and gates all have values of ordinary size (or, unfilled, their start values)."""
+    """A model with gates that read token by token; LoRAs and gates have values of ordinary size (or start values)."""
     base = base or net()
     torch.manual_seed(1)
-    settings = {"r": R, "alpha": 2.0, "dropout": 0.0, "tasks": 3, "target_modules": ["q"]} | options
+    settings = {"r": R, "alpha": 2.0, "dropout": 0.0, "tasks": 3, "target_modules": ["q"], **TOKEN_GATES} | options
     model = get_peft_model(base, AMLoRA(**settings))
     if fill:
         randomise(model)

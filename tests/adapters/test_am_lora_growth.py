@@ -125,7 +125,7 @@ def test_a_model_whose_penalty_nobody_took_can_be_copied():
     assert the_layer(twin)[1].config.tasks == 3
 
 
-@pytest.mark.parametrize("granularity", ["token", "sequence"])
+@pytest.mark.parametrize("granularity", ["token", "prefix", "sequence"])
 def test_beside_a_plain_lora_both_add_their_updates(granularity: str):
     model = adapted(granularity=granularity)
     alone = model(inputs())
@@ -203,8 +203,9 @@ def test_gradient_checkpointing_keeps_the_penaltys_gradient(tiny_llama: Any):
     assert_identical(*gradients)
 
 
-def test_a_key_value_cache_stays_valid(tiny_llama: Any):
-    model = adapted(tiny_llama(), target_modules=["q_proj", "v_proj"])
+@pytest.mark.parametrize("granularity", ["token", "prefix"])
+def test_a_key_value_cache_stays_valid(tiny_llama: Any, granularity: str):
+    model = adapted(tiny_llama(), target_modules=["q_proj", "v_proj"], granularity=granularity)
     ids = tokens(6)
     whole = model(input_ids=ids).logits
     start = model(input_ids=ids[:, :4], use_cache=True)

@@ -87,12 +87,14 @@ def test_parameter_counts_follow_the_formulas(model_folder, tasks, tmp_path):
     # q_proj [32, 32] and v_proj [16, 32] in two blocks
     pair = 2 * 2 * ((32 + 32) + (16 + 32))
     gates = 2 * 2 * (32 + 1)
+    # m_i and |d_i|, by which a gate is placed
+    places = 2 * 2 * (32 + 1)
     entries = run.results["methods"]
     assert entries["seq-lora"]["trainable_parameters"] == entries["seq-lora"]["stored_parameters"] == pair
     assert entries["inc-lora"]["trainable_parameters"] == pair
     assert entries["inc-lora"]["stored_parameters"] == 2 * pair
     assert entries["am-lora"]["trainable_parameters"] == pair + gates
-    assert entries["am-lora"]["stored_parameters"] == 2 * (pair + gates)
+    assert entries["am-lora"]["stored_parameters"] == 2 * (pair + gates + places)
 
 
 def test_the_saved_adapters_answer_as_the_run_did(model_folder, tasks, tiny_tokenizer, tmp_path):
@@ -136,7 +138,7 @@ def test_inc_lora_is_am_lora_with_open_gates(tiny_llama, tiny_tokenizer, tasks):
     inc = IncLoRA(adapter=LoRA(r=2, alpha=32.0))
     model = inc.start(tiny_llama(2))
     for index in range(2):
-        inc.prepare(model, index)
+        inc.prepare(model, tiny_tokenizer, tasks, index)
         for parameter in model.parameters():
             if parameter.requires_grad:
                 torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(index))
@@ -259,11 +261,11 @@ def test_an_adapter_of_any_method_can_be_trained_on_and_on(model_folder, tasks, 
     assert (settings["adapter"], settings["beta"]) == ("kasa", 0.1)
 
 
-def test_per_task_answers_do_not_depend_on_the_order(model_folder, tasks):
+def test_per_task_answers_do_not_depend_on_the_order(model_folder, tiny_tokenizer, tasks):
     method = PerTask(adapter=LoRA(r=2))
     model = method.start(AutoModelForCausalLM.from_pretrained(model_folder))
-    method.prepare(model, 0)
-    method.prepare(model, 1)
+    method.prepare(model, tiny_tokenizer, tasks, 0)
+    method.prepare(model, tiny_tokenizer, tasks, 1)
     assert [n for n, p in model.named_parameters() if p.requires_grad and "task_0" in n] == []
     ids = torch.arange(6).view(1, 6)
     for parameter in model.parameters():

@@ -21,6 +21,8 @@ _CHOICES = {
     "gate_init": ("linear", "zero", "prototype"),
     "sparsity_on": ("attention", "entropy", "scores"),
 }
+# of a mean's length: nearer to the earlier tasks' means than this, float32 hardly tells it from them
+_ALIKE = 1e-4
 
 
 @dataclass
@@ -149,6 +151,7 @@ class AMLoRAUpdate(Update):
         self.config, self.shape = config, shape
         self.scale = config.scaling(config.alpha, config.r)
         self.needs_full_sequence = config.granularity == "sequence"
+        self.reads_past = config.granularity == "prefix"
         self.A, self.B = nn.ParameterList(), nn.ParameterList()
         self.gate_weight, self.gate_bias = nn.ParameterList(), nn.ParameterList()
         if config.placed:
@@ -192,11 +195,12 @@ class AMLoRAUpdate(Update):
         """
         slot = len(self.A) - 1
         d = self._unknown(mean.to(self.known[-1]), slot)
-        length = d.norm().clamp_min(torch.finfo(d.dtype).tiny)
+        # where two tasks read the same, only rounding is left of d, and dividing by that would blow it up
+        length = d.norm().clamp_min(_ALIKE * float(self._activated(mean).norm())).clamp_min(torch.finfo(d.dtype).tiny)
         self.distance[-1].fill_(length)
-        rivals = self.scores(mean.to(d))[:-1].clamp_min(0) * self.config.temperature
+        rivals = self.scores(mean.to(d))[:-1].clamp_min(0)
         rise = 2 * self.config.confidence + (rivals.max() if slot else 0.0)
-        self.gate_weight[-1][: len(d)] = rise * d / length
+        self.gate_weight[-1][: len(d)] = rise * self.config.temperature * d / length
         self.gate_bias[-1].fill_(self.config.new_gate_bias - self.config.confidence)
 
     @torch.no_grad()
@@ -208,6 +212,7 @@ class AMLoRAUpdate(Update):
 
     def _unknown(self, mean: Tensor, slot: int) -> Tensor:
         """P (mean - m_1): what sets it apart from all that was read on the tasks before `slot`."""
+        mean = self._activated(mean)
         if slot == 0:
             return mean
         d = mean - self.known[0]
@@ -250,7 +255,7 @@ class AMLoRAUpdate(Update):
         total = torch.stack([bias[0] for bias in self.gate_bias]).float()
         weights = torch.stack(list(self.gate_weight))
         if width:
-            q = torch.tanh(pooled) if self.config.score_activation == "tanh" else pooled
+            q = self._activated(pooled)
             own, offset = weights[:, :width], 0.0
             if self.config.placed:
                 own, offset = self._placed_weights(own)
@@ -259,6 +264,9 @@ class AMLoRAUpdate(Update):
         if self.config.gate_input != "input":
             total = total + self._lora_scores(pooled, weights[:, width:]) / self.config.temperature
         return total
+
+    def _activated(self, q: Tensor) -> Tensor:
+        return torch.tanh(q) if self.config.score_activation == "tanh" else q
 
     def _pool(self, x: Tensor, mask: Tensor | None) -> Tensor:
         # an input of fewer dimensions is a vector, or a batch of them, and no sequence
@@ -276,9 +284,8 @@ class AMLoRAUpdate(Update):
         if self.before:
             past_sum, past_count = self._past_of(len(x))
             sums, counts = sums + past_sum, counts + past_count
-        if not self.training:
-            self.past = (sums[:, -1:].detach(), counts[:, -1:].detach())
-            self.past_length = self.before + x.shape[-2]
+        self.past = (sums[:, -1:].detach(), counts[:, -1:].detach())
+        self.past_length = self.before + x.shape[-2]
         return (sums / counts.clamp_min(1)).to(x.dtype)
 
     def _past_of(self, rows: int) -> tuple[Tensor, Tensor]:

@@ -40,6 +40,8 @@ class Update(nn.Module):
     needs_full_sequence: bool = False
     """Whether a position's update depends on other positions, so that generation cannot continue from a cache."""
 
+    reads_past: bool = False
+    """Whether a position's update depends on the positions before it."""
     past: tuple[Tensor, ...] | None = None
     """What an update that reads earlier positions keeps of a pass for one that continues from its cache, [batch, ...]
     each."""

@@ -273,7 +273,7 @@ def _score_endings(
 ) -> Tensor:
     """Log-likelihood of each label after its first token, continuing from the cache of the prompts."""
     scores = torch.empty(len(mask), len(labels), device=reader.device)
-    remembered = saved_past(reader.model)
+    remembered = saved_past(reader.model, len(mask))
     chunks = list(_pairs(len(mask), labels, _LABELS_A_PROMPT * batch_size))
     for number, (rows, columns) in enumerate(chunks, start=1):
         past = cache if number == len(chunks) else copy.deepcopy(cache)

@@ -88,6 +88,8 @@ def learn(
         RunError: `out` cannot be used.
         ValueError: An option or method is unknown or does not fit the model.
     """
+    # without a word about CPUs, accelerate takes each of several processes for the only one until training begins
+    PartialState(cpu=not torch.accelerator.is_available())
     chosen = [method] if isinstance(method, (str, ContinualMethod)) else list(method)
     settings, own = split_options(chosen, options or {})
     methods = [build_method(m, own) for m in chosen]

@@ -19,7 +19,7 @@ from typing import Any
 
 from accelerate import PartialState
 from peft import PeftModel
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -103,6 +103,9 @@ class Run:
         """Record a finished stage: adapters, carried tensors and figures, all or nothing.
 
         The adapters of the stage before are removed once these are in place.
+
+        Raises:
+            RunError: It cannot be written, for instance on a full disk; the stage before is still whole.
         """
         if PartialState().is_main_process:
             final = self.state_folder(method, count)
@@ -117,18 +120,31 @@ class Run:
                     )
                 write_json(temporary / "state.json", state)
                 replace_folder(temporary, final)
-            except BaseException:
+            except (OSError, SafetensorError) as error:
+                raise RunError(
+                    f"cannot write {final}: {getattr(error, 'strerror', None) or error}; what was finished before is "
+                    "whole: make room, then go on by --resume"
+                ) from error
+            finally:
                 shutil.rmtree(temporary, ignore_errors=True)
-                raise
             if count > 1:
                 shutil.rmtree(self.state_folder(method, count - 1) / "adapters", ignore_errors=True)
         PartialState().wait_for_everyone()
 
     def load_adapters(self, method: str, model: PreTrainedModel) -> tuple[PeftModel, dict[str, Tensor]]:
-        """A method's adapters after its last finished stage on the base model, trainable, and its carried tensors."""
+        """A method's adapters after its last finished stage on the base model, trainable, and its carried tensors.
+
+        Raises:
+            RunError: A file is missing, or is not what it should be.
+            ValueError: An adapter does not fit the model.
+        """
         folder = self.state_folder(method, self.finished(method))
-        carried = folder / "carried.safetensors"
-        return load_adapters(model, folder / "adapters"), load_file(carried) if carried.is_file() else {}
+        file = folder / "carried.safetensors"
+        try:
+            carried = load_file(file) if file.is_file() else {}
+        except SafetensorError as error:
+            raise RunError(f"{file} is not in safetensors format, or is damaged: {error}") from error
+        return load_adapters(model, folder / "adapters"), carried
 
 
 def create_run(path: str | Path, request: dict[str, Any], *, resume: bool, overwrite: bool) -> Run:
@@ -199,7 +215,7 @@ def load_adapters(model: PreTrainedModel, folder: Path) -> PeftModel:
     """Put every adapter that `save_adapters` wrote on a base model, trainable.
 
     Raises:
-        RunError: There is none, or one is not in safetensors.
+        RunError: There is none, or one is not in safetensors or is damaged.
         ValueError: An adapter does not fit the model (see `folklora.adapters.host.saved`).
     """
     places = {"default": folder} if (folder / "adapter_config.json").is_file() else {}
@@ -207,10 +223,19 @@ def load_adapters(model: PreTrainedModel, folder: Path) -> PeftModel:
     if not places:
         raise RunError(f"{folder} holds no adapters")
     for place in places.values():
-        if not (place / "adapter_model.safetensors").is_file():
-            raise RunError(f"{place} has no adapter_model.safetensors; other formats are not loaded")
+        _check_readable(place / "adapter_model.safetensors")
     names = sorted(places, key=lambda name: (len(name), name))
     loaded = PeftModel.from_pretrained(model, str(places[names[0]]), adapter_name=names[0], is_trainable=True)
     for name in names[1:]:
         loaded.load_adapter(str(places[name]), adapter_name=name, is_trainable=True)
     return loaded
+
+
+def _check_readable(file: Path) -> None:
+    if not file.is_file():
+        raise RunError(f"{file.parent} has no {file.name}; other formats are not loaded")
+    try:
+        with safe_open(file, framework="pt"):
+            pass
+    except SafetensorError as error:
+        raise RunError(f"{file} is not in safetensors format, or is damaged: {error}") from error

@@ -158,7 +158,9 @@ def encode(
         answer.append(tokenizer.eos_token_id)
     room = max_length if encoder_decoder else max_length - len(answer)
     if room < 1 or len(answer) > max_length:
-        raise ValueError(f"an answer of {len(answer)} tokens leaves no room for its prompt within max_length={max_length}")
+        raise ValueError(
+            f"an answer of {len(answer)} tokens leaves no room for its prompt within max_length={max_length}"
+        )
     (prompt,) = prompt_tokens(tokenizer, [example.prompt], room, encoder_decoder=encoder_decoder)
     if encoder_decoder:
         return {"input_ids": prompt, "labels": answer}

@@ -137,6 +137,7 @@ class FolkloraModel(BaseTuner):
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         rows = kwargs.pop("adapter_names", None)
         layer = next(layers_of(self.model), None)
+        self._check_beams(kwargs)
         if rows is None or layer is None:
             yield
             return
@@ -153,6 +154,18 @@ class FolkloraModel(BaseTuner):
             layer.context.rows = None
             for handle in handles:
                 handle.remove()
+
+    def _check_beams(self, arguments: dict[str, Any]) -> None:
+        """Refuse beam search from a cache where updates remember the last pass, whose rows the beams would reorder."""
+        settings = arguments.get("generation_config") or getattr(self.model, "generation_config", None)
+        beams = arguments.get("num_beams") or getattr(settings, "num_beams", None) or 1
+        cached = arguments.get("use_cache", getattr(settings, "use_cache", True)) is not False
+        updates = (layer.folklora_updates[n] for layer in layers_of(self.model) for n in layer._names_in_use())
+        if beams > 1 and cached and any(update.reads_past for update in updates):
+            raise ValueError(
+                "the active adapter's gates read earlier positions, which beam search reorders in the cache; generate "
+                'with use_cache=False or num_beams=1, or train with granularity="token"'
+            )
 
     def _check_rows(self, rows: list[str]) -> None:
         unknown = sorted(set(rows) - set(self.peft_config) - {"__base__"})
