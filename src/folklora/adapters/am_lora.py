@@ -50,7 +50,7 @@ class AMLoRA(AdapterConfig):
     with m_i [in] the mean of what is read at the end of task i's prompts, P_i the projection off m_2 - m_1, ...,
     m_{i-1} - m_1 (measured once each task was learnt; the first gate has P = 1 and no centre) and κ' = κ above the
     highest earlier score at m_i. Training moves w_i and b_i; whatever it does to w_i, the score where an earlier task
-    is read stays b_i. No examples are kept, 2 in + 1 numbers a weight and task are. The stream measures the means; an
+    is read stays b_i. No examples are kept; in + 1 numbers a weight and task are. The stream measures the means; an
     adapter used without it (`place_gate`, `remember` never called) has gates that start at 0.
 
     Args:

@@ -193,7 +193,9 @@ def _make(run: Run, request: dict[str, Any], *, resume: bool, overwrite: bool) -
 
 def _check_same(run: Run, request: dict[str, Any]) -> None:
     before, now = run.request, json.loads(json.dumps(request))
-    differing = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+    # a run may move to another machine; its results then agree to rounding
+    keys = (before.keys() | now.keys()) - {"machine"}
+    differing = sorted(key for key in keys if before.get(key) != now.get(key))
     if differing:
         lines = [f"  {key}: {_short(before.get(key))} then, {_short(now.get(key))} now" for key in differing]
         raise RunError("\n".join([f"{run.path} was started differently and cannot be resumed:", *lines]))
