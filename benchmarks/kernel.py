@@ -79,7 +79,8 @@ def contenders(rank: int, mixed: bool, compiled: bool) -> list[Contender]:
     low = replace(theirs, name="PEFT LoRA, bf16 adapters", float32=False)
     ours = Contender("Folklora LoRA", partial(LoRA, alpha=2 * rank, **common), same_start=True)
     am_lora = partial(AMLoRA, dropout=0.0, **common)
-    four = Contender("Folklora AM-LoRA, 4 tasks", partial(am_lora, tasks=4))
+    token = partial(am_lora, granularity="token", gate_init="linear")
+    four = Contender("Folklora AM-LoRA, 4 tasks, token gate", partial(token, tasks=4))
     rows = [theirs, ours]
     if mixed:
         under = [replace(row, name=f"{row.name}, autocast", autocast=True) for row in rows]
@@ -87,9 +88,10 @@ def contenders(rank: int, mixed: bool, compiled: bool) -> list[Contender]:
     rows += [
         Contender("Folklora KaSA", partial(KaSA, **common), decomposes=True),
         Contender("Folklora PiSSA", partial(PiSSA, **common), decomposes=True),
-        Contender("Folklora AM-LoRA, 1 task", am_lora),
+        Contender("Folklora AM-LoRA, 4 tasks", partial(am_lora, tasks=4)),
+        Contender("Folklora AM-LoRA, 1 task, token gate", token),
         four,
-        Contender("Folklora AM-LoRA, 4 tasks, dropout 0.1", partial(am_lora, tasks=4, dropout=0.1)),
+        Contender("Folklora AM-LoRA, 4 tasks, token gate, dropout 0.1", partial(token, tasks=4, dropout=0.1)),
     ]
     again = [Contender("frozen base"), low if mixed else theirs, ours, four] if compiled else []
     return rows + [replace(row, name=f"{row.name}, compiled", compiled=True) for row in again]
