@@ -78,8 +78,7 @@ def contenders(rank: int, mixed: bool, compiled: bool) -> list[Contender]:
     theirs = Contender("PEFT LoRA", partial(LoraConfig, lora_alpha=2 * rank, **common), same_start=True)
     low = replace(theirs, name="PEFT LoRA, bf16 adapters", float32=False)
     ours = Contender("Folklora LoRA", partial(LoRA, alpha=2 * rank, **common), same_start=True)
-    am_lora = partial(AMLoRA, dropout=0.0, **common)
-    token = partial(am_lora, granularity="token", gate_init="linear")
+    token = partial(AMLoRA, dropout=0.0, granularity="token", gate_init="linear", **common)
     four = Contender("Folklora AM-LoRA, 4 tasks, token gate", partial(token, tasks=4))
     rows = [theirs, ours]
     if mixed:
@@ -88,7 +87,7 @@ def contenders(rank: int, mixed: bool, compiled: bool) -> list[Contender]:
     rows += [
         Contender("Folklora KaSA", partial(KaSA, **common), decomposes=True),
         Contender("Folklora PiSSA", partial(PiSSA, **common), decomposes=True),
-        Contender("Folklora AM-LoRA, 4 tasks", partial(am_lora, tasks=4)),
+        Contender("Folklora AM-LoRA, 4 tasks", partial(AMLoRA, dropout=0.0, tasks=4, **common)),
         Contender("Folklora AM-LoRA, 1 task, token gate", token),
         four,
         Contender("Folklora AM-LoRA, 4 tasks, token gate, dropout 0.1", partial(token, tasks=4, dropout=0.1)),

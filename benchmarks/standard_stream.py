@@ -116,8 +116,12 @@ def work(jobs: list[dict[str, Any]], options: argparse.Namespace, deadline: floa
     context = multiprocessing.get_context("spawn")
     with context.Pool(min(options.workers, len(todo)), maxtasksperchild=None) as pool:
         pending = [(job, options, time.time() + deadline - time.monotonic()) for job in todo]
+        lines = []
         for line in pool.imap_unordered(_guarded, pending):
             print(line, flush=True)
+            lines.append(line)
+    if any(line.startswith("failed") for line in lines):
+        raise SystemExit("some runs failed; the finished ones are kept, and running this again goes on")
 
 
 def _guarded(packed: tuple[dict[str, Any], argparse.Namespace, float]) -> str:

@@ -279,3 +279,9 @@ def test_per_task_answers_do_not_depend_on_the_order(model_folder, tiny_tokenize
     base = AutoModelForCausalLM.from_pretrained(model_folder)
     torch.testing.assert_close(model(ids).logits, base(ids).logits)
     assert isinstance(SeqLoRA().adapter, LoRA)
+
+
+def test_two_forms_of_one_method_need_a_run_each(model_folder, tasks, tmp_path):
+    with pytest.raises(ValueError, match="seq-lora is given twice"):
+        learn(model_folder, tasks, ["seq-lora", SeqLoRA()], out=tmp_path / "run", options=QUICK)
+    assert not (tmp_path / "run").exists()

@@ -93,6 +93,10 @@ def learn(
     chosen = [method] if isinstance(method, (str, ContinualMethod)) else list(method)
     settings, own = split_options(chosen, options or {})
     methods = [build_method(m, own) for m in chosen]
+    names = [one.method for one in methods]
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise ValueError(f"{', '.join(repeated)} is given twice; forms of one method need a run each")
     stream = _load_stream(tasks, prompt, validation, seed)
     settings.micro_batch(PartialState().num_processes)
     base = _load_model(model, settings, trust_remote_code)
