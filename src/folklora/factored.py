@@ -121,19 +121,21 @@ def concatenate(parts: Sequence[Factors]) -> Factors:
     )
 
 
-def factored_linear(x: Tensor, weight: Tensor, bias: Tensor | None, factors: Factors) -> Tensor:
+def factored_linear(x: Tensor, weight: Tensor, bias: Tensor | None, factors: Factors, dropout: float = 0.0) -> Tensor:
     """A linear layer with an update in factors, forward and backward fused.
 
     y = z Bᵀ + b, then y += x Wᵀ in the accumulator of the base's own product, where z = s ⊙ (x Aᵀ). The input
-    gradient goes the same way: (s ⊙ (g B)) A, then += g W. Activations are never copied or cast; the small factors
-    are cast to the base's dtype, and their gradients come back in their own (float32 masters over a bfloat16 base).
-    Under autocast the input and the base weight are taken in autocast's dtype, as `torch.nn.functional.linear` does.
+    gradient goes the same way: (s ⊙ (g B)) A, then += g W. Activations are never cast, and copied for dropout alone,
+    where a byte an element is kept for the backward pass; the small factors are cast to the base's dtype, and their
+    gradients come back in their own (float32 masters over a bfloat16 base). Under autocast the input and the base
+    weight are taken in autocast's dtype, as `torch.nn.functional.linear` does.
 
     Args:
         x: [..., in], in the base weight's dtype unless autocast is on.
         weight: [out, in]; receives a gradient only if it asks for one.
         bias: [out] or None.
         factors: The update; s may be gated by the input.
+        dropout: Probability of dropping an element of the update's input; the base reads x whole.
 
     Returns:
         [..., out].
@@ -147,7 +149,7 @@ def factored_linear(x: Tensor, weight: Tensor, bias: Tensor | None, factors: Fac
     s = factors.s
     if isinstance(s, Tensor) and s.dim() > 1:
         s = s.expand(*x.shape[:-1], factors.rank)
-    return _FactoredLinear.apply(x, weight, bias, factors.A, s, factors.B)
+    return _FactoredLinear.apply(x, weight, bias, factors.A, s, factors.B, dropout)
 
 
 def factored_update(x: Tensor, factors: Factors) -> Tensor:
@@ -168,18 +170,27 @@ def factored_update(x: Tensor, factors: Factors) -> Tensor:
 class _FactoredLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, s: Tensor | float, B: Tensor
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        A: Tensor,
+        s: Tensor | float,
+        B: Tensor,
+        dropout: float,
     ) -> Tensor:
         dtype = x.dtype
         rows = x.reshape(-1, x.shape[-1])
         a, b = A.to(dtype), B.to(dtype)
         scale = s.to(dtype).reshape(-1, s.shape[-1]) if isinstance(s, Tensor) else s
-        h = rows @ a.T
+        source, kept = torch.native_dropout(rows, dropout, True) if dropout else (rows, None)
+        h = source @ a.T
         z = h * scale
         y = z @ b.T if bias is None else torch.addmm(bias, z, b.T)
         y.addmm_(rows, weight.T)
         gate = scale if isinstance(s, Tensor) else None
-        ctx.save_for_backward(rows, weight, a, b, h, gate)
+        ctx.save_for_backward(rows, weight, a, b, h, gate, kept)
+        ctx.rise = 1 / (1 - dropout)
         ctx.constant = None if isinstance(s, Tensor) else s
         ctx.like = (x.shape, A.dtype, B.dtype, s.shape if isinstance(s, Tensor) else None)
         ctx.s_dtype = s.dtype if isinstance(s, Tensor) else None
@@ -188,16 +199,16 @@ class _FactoredLinear(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        rows, weight, a, b, h, gate = ctx.saved_tensors
+        rows, weight, a, b, h, gate, kept = ctx.saved_tensors
         shape, a_dtype, b_dtype, s_shape = ctx.like
-        needs_x, needs_w, needs_bias, needs_a, needs_s, needs_b = ctx.needs_input_grad
+        needs_x, needs_w, needs_bias, needs_a, needs_s, needs_b, _ = ctx.needs_input_grad
         scale = ctx.constant if gate is None else gate
         g = grad.reshape(-1, grad.shape[-1])
         gz = g @ b
         gh = gz * scale
         grad_x = grad_w = grad_bias = grad_a = grad_s = grad_b = None
         if needs_x:
-            grad_x = gh @ a
+            grad_x = _dropped(gh @ a, kept, ctx.rise)
             grad_x.addmm_(g, weight)
             grad_x = grad_x.view(shape)
         if needs_w:
@@ -205,10 +216,14 @@ class _FactoredLinear(torch.autograd.Function):
         if needs_bias:
             grad_bias = g.sum(0)
         if needs_a:
-            grad_a = (gh.T @ rows).to(a_dtype)
+            grad_a = (gh.T @ _dropped(rows, kept, ctx.rise)).to(a_dtype)
         if needs_s:
             products = gz.to(ctx.s_dtype) * h.to(ctx.s_dtype)
             grad_s = products.sum(0) if len(s_shape) == 1 else products.view(s_shape)
         if needs_b:
             grad_b = (g.T @ (h * scale)).to(b_dtype)
-        return grad_x, grad_w, grad_bias, grad_a, grad_s, grad_b
+        return grad_x, grad_w, grad_bias, grad_a, grad_s, grad_b, None
+
+
+def _dropped(rows: Tensor, kept: Tensor | None, rise: float) -> Tensor:
+    return rows if kept is None else torch.ops.aten.native_dropout_backward(rows, kept, rise)

@@ -35,9 +35,9 @@ class Kind:
         """A matrix [out, in] in the layer's own layout."""
         return matrix
 
-    def forward(self, base: nn.Module, x: Tensor, factors: Factors) -> Tensor:
-        """base(x) plus the update of x."""
-        return base(x) + self.update(base, x, factors)
+    def forward(self, base: nn.Module, x: Tensor, factors: Factors, dropout: float = 0.0) -> Tensor:
+        """base(x) plus the update of x, or of x after dropout."""
+        return base(x) + self.update(base, F.dropout(x, dropout) if dropout else x, factors)
 
     def update(self, base: nn.Module, x: Tensor, factors: Factors) -> Tensor:
         """The update of x alone."""
@@ -45,11 +45,11 @@ class Kind:
 
 
 class _Linear(Kind):
-    def forward(self, base: nn.Module, x: Tensor, factors: Factors) -> Tensor:
+    def forward(self, base: nn.Module, x: Tensor, factors: Factors, dropout: float = 0.0) -> Tensor:
         # a subclass (quantised), a hook or a forward put in its place (offloading) would be bypassed here
         if type(base) is nn.Linear and "forward" not in vars(base) and not any(getattr(base, key) for key in _HOOKS):
-            return factored_linear(x, base.weight, base.bias, factors)
-        return super().forward(base, x, factors)
+            return factored_linear(x, base.weight, base.bias, factors, dropout)
+        return super().forward(base, x, factors, dropout)
 
 
 class _TransposedLinear(Kind):

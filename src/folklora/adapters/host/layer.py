@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import weakref
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -138,24 +139,27 @@ class FolkloraLayer(nn.Module, BaseTunerLayer):
         return self.kind.forward(self.base_layer, x, concatenate([self._factors(name, x) for name in names]))
 
     def _forward_with_dropout(self, x: Tensor, names: list[str]) -> Tensor:
-        # one draw for the layer, so that adapters with equal dropout lose the same elements
-        source = x if x.is_floating_point() else self.base_layer.weight[:1]
-        draw = torch.rand_like(x, dtype=torch.float32) if x.is_floating_point() else None
-        whole, parts = [], []
+        whole: list[Factors] = []
+        # one mask of x for all adapters of equal dropout
+        by_dropout: dict[float, list[Factors]] = defaultdict(list)
         for name in names:
             p = self.dropouts[name]
-            if p == 0 or draw is None:
+            if p == 0 or not x.is_floating_point():
                 whole.append(self._factors(name, x))
                 continue
             learned, fixed = self.folklora_updates[name].split(*self._inputs(name, x))
             gate = self._row_gate(name, x)
-            parts.append((p, learned if gate is None else learned.scale(gate)))
+            by_dropout[p].append(learned if gate is None else learned.scale(gate))
             if fixed is not None:
                 whole.append(fixed if gate is None else fixed.scale(gate))
-        y = self.kind.forward(self.base_layer, x, concatenate(whole)) if whole else self.base_layer(x)
-        for p in sorted({p for p, _ in parts}):
-            kept = x * ((draw >= p).to(source.dtype) / (1 - p))
-            y = y + self.kind.update(self.base_layer, kept, concatenate([f for q, f in parts if q == p]))
+        parts = [(p, concatenate(factors)) for p, factors in sorted(by_dropout.items())]
+        if whole or not parts:
+            y = self.kind.forward(self.base_layer, x, concatenate(whole))
+        else:
+            (p, factors), parts = parts[0], parts[1:]
+            y = self.kind.forward(self.base_layer, x, factors, p)
+        for p, factors in parts:
+            y = y + self.kind.update(self.base_layer, F.dropout(x, p), factors)
         return y
 
     def _names_in_use(self) -> list[str]:
