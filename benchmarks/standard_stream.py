@@ -156,7 +156,7 @@ def learn_one(job: dict[str, Any], options: argparse.Namespace) -> str:
     targets = options.targets if options.targets == "all-linear" else options.targets.split(",")
     settings = {
         "learning_rate": job["rate"], "epochs": options.epochs, "batch_size": options.batch, "r": options.rank,
-        "alpha": 32.0, "dropout": 0.1, "target_modules": targets, "max_length": 512, "eval_batch_size": 125,
+        "alpha": 32.0, "dropout": 0.1, "target_modules": targets, "max_length": 512, "eval_batch_size": 50,
         "group_by_length": True,
     }  # fmt: skip
     tasks = load_order(options, job["order"], named=job["names"] == "named")
