@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
-from folklora.factored import Factors, factored_linear, factored_update
+from folklora.factored import Factors, SharedInput, factored_linear, factored_update
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -45,10 +45,16 @@ class Kind:
 
 
 class _Linear(Kind):
-    def forward(self, base: nn.Module, x: Tensor, factors: Factors, dropout: float = 0.0) -> Tensor:
-        # a subclass (quantised), a hook or a forward put in its place (offloading) would be bypassed here
-        if type(base) is nn.Linear and "forward" not in vars(base) and not any(getattr(base, key) for key in _HOOKS):
-            return factored_linear(x, base.weight, base.bias, factors, dropout)
+    def forward(
+        self,
+        base: nn.Module,
+        x: Tensor,
+        factors: Factors,
+        dropout: float = 0.0,
+        shared: SharedInput | None = None,
+    ) -> Tensor:
+        if is_plain(base):
+            return factored_linear(x, base.weight, base.bias, factors, dropout, shared)
         return super().forward(base, x, factors, dropout)
 
 
@@ -109,6 +115,14 @@ LINEAR = _Linear("linear")
 TRANSPOSED = _TransposedLinear("linear")
 EMBEDDING = _Embedding("embedding")
 CONVOLUTION = _Convolution("convolution")
+
+
+def is_plain(base: nn.Module) -> bool:
+    """Whether a layer is nothing but x Wᵀ + b, so that the kernel may compute it in the layer's place.
+
+    A subclass (quantised), a hook or a forward put in its place (offloading) would be bypassed.
+    """
+    return type(base) is nn.Linear and "forward" not in vars(base) and not any(getattr(base, key) for key in _HOOKS)
 
 
 def kind_of(base: nn.Module, name: str) -> Kind:

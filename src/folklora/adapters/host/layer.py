@@ -18,6 +18,7 @@ from torch.nn.utils import parametrize
 
 from folklora.adapters.base import AdapterConfig, Update
 from folklora.adapters.host.kinds import is_quantised, kind_of
+from folklora.adapters.host.siblings import Offer, offered, share
 from folklora.factored import Factors, concatenate
 
 SAMPLES = 32
@@ -72,7 +73,13 @@ class FolkloraLayer(nn.Module, BaseTunerLayer):
         self.waiting: set[str] = set()
         self.merged_adapters: list[str] = []
         self._unmerged_weight: nn.Parameter | None = None
+        self.siblings: list[FolkloraLayer] = []
+        self.offer: Offer | None = None
         LIVE_LAYERS[next(_serial)] = self
+
+    def __getstate__(self) -> dict[str, Any]:
+        # what a sibling offered hangs on its pass's graph
+        return {**self.__dict__, "offer": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -136,7 +143,25 @@ class FolkloraLayer(nn.Module, BaseTunerLayer):
         dropped = [name for name in names if self.training and self.dropouts[name] > 0]
         if dropped:
             return self._forward_with_dropout(x, names)
-        return self.kind.forward(self.base_layer, x, concatenate([self._factors(name, x) for name in names]))
+        found = offered(self, x)
+        if found is not None:
+            return self.kind.forward(self.base_layer, x, found[0], shared=found[1])
+        factors = concatenate([self._factors(name, x) for name in names])
+        shared = share(self, x, factors) if self.siblings else None
+        if shared is None:
+            return self.kind.forward(self.base_layer, x, factors)
+        return self.kind.forward(self.base_layer, x, factors, shared=shared)
+
+    def current_factors(self, x: Tensor) -> Factors | None:
+        """All that the active adapters add for x, or None where the layer's call would not be the base's plus that."""
+        names = self._names_in_use()
+        if not names or self._disable_adapters or self.merged_adapters:
+            return None
+        if self.waiting:
+            self.admit_loaded(names)
+        if self.training and any(self.dropouts[name] > 0 for name in names):
+            return None
+        return concatenate([self._factors(name, x) for name in names])
 
     def _forward_with_dropout(self, x: Tensor, names: list[str]) -> Tensor:
         whole: list[Factors] = []

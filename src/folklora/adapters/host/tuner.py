@@ -23,6 +23,7 @@ from folklora.adapters.base import PEFT_TYPE, AdapterConfig
 from folklora.adapters.host.kinds import LINEAR, TRANSPOSED, kind_of
 from folklora.adapters.host.layer import CallContext, FolkloraLayer, layers_of
 from folklora.adapters.host.saved import check_saved_values
+from folklora.adapters.host.siblings import link_siblings
 
 _MASKS = ("decoder_attention_mask", "attention_mask", "encoder_attention_mask")
 
@@ -45,6 +46,7 @@ class FolkloraModel(BaseTuner):
         """
         self._check_targets(model, self.peft_config[adapter_name])
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        link_siblings(model)
 
     def _create_and_replace(
         self,
