@@ -3,7 +3,7 @@
 import importlib
 from typing import Any
 
-from folklora.adapters import AdapterConfig, AMLoRA, KaSA, LoRA, PiSSA, Update
+from folklora.adapters import AdapterConfig, AMLoRA, CorDA, KaSA, LoRA, LoRASB, LoRAXS, PiSSA, Update
 from folklora.adapters.am_lora import add_task
 from folklora.adapters.calibrate import calibrate
 from folklora.adapters.host import steps as _steps
@@ -33,10 +33,13 @@ _steps.register()
 __all__ = [
     "AMLoRA",
     "AdapterConfig",
+    "CorDA",
     "Example",
     "Factors",
     "KaSA",
     "LoRA",
+    "LoRASB",
+    "LoRAXS",
     "PiSSA",
     "Run",
     "Statistics",

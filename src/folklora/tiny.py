@@ -14,6 +14,7 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 from folklora.adapters.base import AdapterConfig
 from folklora.adapters.calibrate import calibrate
@@ -42,6 +43,32 @@ def llama(layers: int = 2, dtype: torch.dtype = torch.float32) -> LlamaForCausal
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(11)
         return LlamaForCausalLM(config).to(dtype).eval()
+
+
+class TwoLayers(nn.Module):
+    """A wide layer `q` [20, 32] and a tall one `v` [36, 20] with a tanh between them, the same at every call.
+
+    Args:
+        transposed: Made of transformers' `Conv1D`, which stores its weight as [in, out]; it computes the same.
+    """
+
+    def __init__(self, transposed: bool = False) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.q, self.v = nn.Linear(32, 20), nn.Linear(20, 36)
+        if transposed:
+            self.q, self.v = _as_conv1d(self.q), _as_conv1d(self.v)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., 32] to [..., 36]."""
+        return self.v(torch.tanh(self.q(x)))
+
+
+def _as_conv1d(linear: nn.Linear) -> Conv1D:
+    layer = Conv1D(linear.out_features, linear.in_features)
+    layer.weight.data, layer.bias.data = linear.weight.data.T.contiguous(), linear.bias.data.clone()
+    return layer
 
 
 def adapted(config: AdapterConfig, layers: int = 2, dtype: torch.dtype = torch.float32) -> PeftModel:
