@@ -64,19 +64,23 @@ def assert_close32(actual: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(actual, expected.to(actual), rtol=0, atol=tolerance)
 
 
-def test_the_start_is_the_first_update_cut_to_rank_r() -> None:
-    model, base = adapted(), tiny.TwoLayers()
+@pytest.mark.parametrize(("alpha", "scale"), [(None, 1.0), (16.0, 4.0)])
+def test_the_start_is_the_first_update_cut_to_rank_r(alpha: float | None, scale: float) -> None:
+    model, base = adapted(alpha=alpha), tiny.TwoLayers()
     for layer, update in updates_of(model, "default"):
         step = -ETA * full_gradient(base, layer.name).sign().double()
         U, S, Vh = torch.linalg.svd(step, full_matrices=False)
         A, B, R0 = (value.detach().double() for value in (update.A, update.B, update.R))
-        delta = B @ R0 @ A
+        assert update.scale == scale
+        delta = scale * B @ R0 @ A
         assert_close32(delta, (U[:, :R] * S[:R]) @ Vh[:R])
         assert_close32(update.factors().dense().double(), delta)
         assert_close32(B.T @ B, torch.eye(R))
         assert_close32(A @ A.T, torch.eye(R))
         assert torch.equal(R0, torch.diag(R0.diagonal()))
-        assert_close32(R0.diagonal(), S[:R])
+        assert_close32(R0.diagonal(), S[:R] / scale)
+        assert (R0.diagonal() >= 0).all()
+        assert (R0.diagonal().diff() <= 0).all()
         assert torch.equal(layer.get_base_layer().weight, base.get_submodule(layer.name).weight)
 
 

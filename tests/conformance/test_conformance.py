@@ -38,7 +38,12 @@ VARIANTS = {
         r=3, dropout=0.3, target_modules=["embed_tokens", "lm_head", "o_proj"], rank_pattern={"o_proj": 5}
     ),
     "lora-sb on embedding and head": LoRASB(
-        r=3, eta=0.01, dropout=0.3, target_modules=["embed_tokens", "lm_head", "o_proj"], rank_pattern={"o_proj": 5}
+        r=3,
+        alpha=7,
+        eta=0.01,
+        dropout=0.3,
+        target_modules=["embed_tokens", "lm_head", "o_proj"],
+        rank_pattern={"o_proj": 5},
     ),
     "lora-xs from the base": LoRAXS(
         r=3, sigma=0.0, alpha=7, dropout=0.3, target_modules=["embed_tokens", "lm_head", "o_proj", "up_proj"]

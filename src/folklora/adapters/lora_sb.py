@@ -19,10 +19,11 @@ class LoRASB(AdapterConfig):
     r"""LoRA "silver bullet": train R [r, r] between frozen factors of the first full update, which R starts with.
 
     G [out, in] is the gradient of the task's loss by W on a few examples, and AdamW's first step with it is
-    ΔW₁ = -η sign(G) ≈ U_r S_r V_rᵀ.  B = U_r [out, r] and A = V_rᵀ [r, in] are frozen, R = diag(S_r) is trained, and
-    y = W x + b + B (R (A x)). So the model starts at W + ΔW₁ cut to rank r, not at W, by design. A and B are
-    orthonormal, so a gradient step of size h on R moves W by -h B Bᵀ G Aᵀ A, the full gradient projected onto their
-    spans; no scaling is left to tune (the paper's s is 1). r² trained parameters a weight, whatever its size.
+    ΔW₁ = -η sign(G) ≈ U_r S_r V_rᵀ.  B = U_r [out, r] and A = V_rᵀ [r, in] are frozen, R = diag(S_r / s) is trained,
+    and y = W x + b + s B (R (A x)),  s = α/r, which is 1 by default and in the authors' code. So the model starts at
+    W + ΔW₁ cut to rank r, not at W, by design. A and B are orthonormal, so a gradient step of size h on R moves W by
+    -h s² B Bᵀ G Aᵀ A, at s = 1 the full gradient projected onto their spans: no scaling is left to tune. (Dividing R's
+    start by s where s is not 1 is the paper's as we remember it.) r² trained parameters a weight, whatever its size.
 
     The gradient is taken in evaluation mode, without dropout, unlike the authors', and its decomposition is exact and
     in float32, where theirs is randomised and in bfloat16. The sign makes the start blind to the loss's scale. Entries
@@ -38,8 +39,8 @@ class LoRASB(AdapterConfig):
         on the task, so they are stored with R.
 
     Equation:
-        \Delta W_1 = -\eta\,\mathrm{sign}(G) \approx U_r S_r V_r^\top, \quad B = U_r, \; A = V_r^\top, \; R_0 = S_r
-        y = W x + b + B R A x
+        \Delta W_1 = -\eta\,\mathrm{sign}(G) \approx U_r S_r V_r^\top, \quad B = U_r, \; A = V_r^\top, \; R_0 = S_r / s
+        y = W x + b + s\,B R A x
 
     Example:
         from peft import get_peft_model
@@ -54,6 +55,7 @@ class LoRASB(AdapterConfig):
 
     Args:
         r: Rank; 96 for language models and 24 on GLUE in the authors' scripts.
+        alpha: α of the scaling s = α/r; None takes α = r, the authors' s = 1.
         eta: η, the size of each entry of ΔW₁: the learning rate of the first warm-up step, peak rate / (warm-up share ×
             steps). The default is that of the authors' arithmetic script, 1e-4 / (0.02 × 16,667). Directions matter
             far more.
@@ -61,6 +63,7 @@ class LoRASB(AdapterConfig):
 
     method: str = "lora-sb"
     r: int = 96
+    alpha: float | None = None
     eta: float = 3e-7
 
     paper: ClassVar[str] = "Ponkshe et al. 2024, arXiv 2411.19557"
@@ -77,11 +80,12 @@ class LoRASB(AdapterConfig):
         """Decompose the first update."""
         # the sign has entries of -1, 0 and 1: η is left out until after the decomposition
         step = top(-stats["gradient"].sign(), self.r)
-        return LoRAXSUpdate(step.V.mT, torch.diag(self.eta * step.S), step.U, 1.0, starts_at_base=False)
+        R = torch.diag(self.eta / self._scale * step.S)
+        return LoRAXSUpdate(step.V.mT, R, step.U, self._scale, starts_at_base=False)
 
     def empty(self, shape: tuple[int, int]) -> LoRAXSUpdate:
         """The same shapes, zeros."""
-        return LoRAXSUpdate.zeros(self.r, shape, 1.0, starts_at_base=False)
+        return LoRAXSUpdate.zeros(self.r, shape, self._scale, starts_at_base=False)
 
     def check_statistics(self, stats: Mapping[str, Tensor], shape: tuple[int, int], name: str) -> list[str]:
         """A gradient of zeros: it has no direction."""
@@ -93,3 +97,7 @@ class LoRASB(AdapterConfig):
     def trainable_count(self, shape: tuple[int, int]) -> int:
         """r²."""
         return self.r**2
+
+    @property
+    def _scale(self) -> float:
+        return self.scaling(self.r if self.alpha is None else self.alpha, self.r)
