@@ -3,12 +3,14 @@
 import importlib
 from typing import Any
 
-from folklora.adapters import AdapterConfig, AMLoRA, KaSA, LoRA, PiSSA, Update
+from folklora.adapters import AdapterConfig, AMLoRA, CorDA, KaSA, LoRA, LoRASB, LoRAXS, PiSSA, Update
 from folklora.adapters.am_lora import add_task
+from folklora.adapters.calibrate import calibrate
 from folklora.adapters.host import steps as _steps
 from folklora.adapters.host import tuner as _tuner
 from folklora.adapters.host.export import export_lora
 from folklora.adapters.host.steps import activation_penalty, penalty
+from folklora.adapters.statistics import Statistics
 from folklora.factored import Factors, concatenate, factored_linear
 from folklora.methods import methods
 
@@ -31,17 +33,22 @@ _steps.register()
 __all__ = [
     "AMLoRA",
     "AdapterConfig",
+    "CorDA",
     "Example",
     "Factors",
     "KaSA",
     "LoRA",
+    "LoRASB",
+    "LoRAXS",
     "PiSSA",
     "Run",
+    "Statistics",
     "Task",
     "TrainSettings",
     "Update",
     "activation_penalty",
     "add_task",
+    "calibrate",
     "check_method",
     "concatenate",
     "export_lora",

@@ -326,7 +326,7 @@ CHECKS: dict[str, Callable[[AdapterConfig], None]] = {
 
 def _configuration(config: AdapterConfig | type[AdapterConfig], options: dict[str, Any]) -> AdapterConfig:
     if not isinstance(config, type):
-        config = dataclasses.replace(config, **options) if options else copy.deepcopy(config)
+        config = copy.deepcopy(config).changed(**options)
     else:
         known = {field.name for field in dataclasses.fields(config)}
         config = config(**{"r": 4, **options} if "r" in known else options)

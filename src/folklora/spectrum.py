@@ -28,6 +28,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import product
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -141,11 +142,95 @@ def top_factors(
         ValueError: `weight` is no floating-point matrix, or has values that are not finite; `count` is not
             in 1 ... k; `scale` is not a positive number.
     """
-    if not 0 < scale < float("inf"):
-        raise ValueError(f"scale is {scale}, but must be a positive finite number (alpha / r, say)")
-    strongest = top(weight, count, dtype=dtype)
-    root = (strongest.S / scale).sqrt()
-    return strongest.U * root.unsqueeze(-2), root.unsqueeze(-1) * strongest.V.mT
+    _check_scale(scale)
+    return _balanced(top(weight, count, dtype=dtype), scale)
+
+
+@torch.no_grad()
+def covariance_triplets(
+    weight: Tensor,
+    covariance: Tensor,
+    count: int,
+    *,
+    end: Literal["top", "bottom"] = "top",
+    damping: float = 0.01,
+    power: float = 1.0,
+    dtype: torch.dtype = torch.float32,
+) -> Triplets:
+    """A weight's components by how much of the layer's input they see: singular triplets of W M, brought back to W.
+
+        M = (C + damping * mean(diag C) I)^power        W M = U diag(S) V^T        Vhat = M^-1 V = W^T U diag(1/S)
+
+    U diag(S) Vhat^T is W projected onto chosen left singular vectors of W M; for all k of them it is W. U is
+    orthonormal, Vhat is not: (M Vhat)^T M Vhat = I. Vhat is taken from W^T U, with no inverse. The bottom end comes
+    from a full decomposition in float64, since W M is often too ill-conditioned to be squared. Where S is 0 to
+    float64 precision, so is W^T U, and Vhat is set to 0.
+
+    Args:
+        weight: [m, n], any floating dtype.
+        covariance: C [n, n], symmetric and positive semidefinite.
+        count: how many, 1 <= count <= k = min(m, n).
+        end: the strongest of W M, or the weakest, in descending order either way.
+        damping: above 0 unless C has full rank.
+        power: 1 is CorDA's (arXiv 2406.05223); at 1/2, S^2 are the energies that the components have in the output,
+            and dropping the bottom ones loses the least of it.
+        dtype: of the result; the computation is in float64.
+
+    Returns:
+        U [m, count], S [count] descending, and Vhat [n, count] as `V`.
+
+    Raises:
+        ValueError: see `top`; the covariance is not [n, n] and finite, or has no positive entry on its diagonal.
+    """
+    _check(weight, count)
+    n = weight.shape[-1]
+    if weight.ndim != 2 or covariance.shape != (n, n):
+        raise ValueError(f"covariance has shape {list(covariance.shape)}, but must be [n, n] of one weight [m, n]")
+    C, W = covariance.double(), weight.double()
+    mean = C.diagonal().mean()
+    if not C.isfinite().all() or not mean > 0:
+        raise ValueError("the covariance must be finite, with a positive mean on its diagonal")
+    M = C + damping * mean * torch.eye(n, dtype=C.dtype, device=C.device)
+    if power != 1:
+        values, vectors = torch.linalg.eigh(M)
+        M = (vectors * values.clamp(min=0) ** power) @ vectors.mT
+    if end == "top":
+        strongest = top(W @ M, count, dtype=torch.float64)
+        U, S = strongest.U, strongest.S
+    else:
+        U, S, _ = torch.linalg.svd(W @ M, full_matrices=False)
+        U, S = U[:, -count:], S[-count:]
+    floor = torch.finfo(S.dtype).eps * torch.linalg.matrix_norm(W) * torch.linalg.matrix_norm(M)
+    V = torch.where(floor < S, W.mT @ U / S, 0)
+    sign = _signs(V)
+    return Triplets((U * sign).to(dtype), S.to(dtype), (V * sign).to(dtype))
+
+
+def covariance_factors(
+    weight: Tensor,
+    covariance: Tensor,
+    count: int,
+    scale: float = 1.0,
+    *,
+    end: Literal["top", "bottom"] = "top",
+    damping: float = 0.01,
+    power: float = 1.0,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor]:
+    """The part of a weight in `covariance_triplets` as a balanced LoRA pair: scale * B0 @ A0 = U diag(S) Vhat^T.
+
+    B0 = U diag(sqrt(S / scale)) and A0 = diag(sqrt(S / scale)) Vhat^T, the start of CorDA. A covariance c times as
+    large gives the same product, from a B0 sqrt(c) times as large (at power 1) and an A0 as much smaller.
+
+    Args and errors: those of `covariance_triplets` and `top_factors`.
+
+    Returns:
+        B0 [m, count] and A0 [count, n].
+    """
+    _check_scale(scale)
+    return _balanced(
+        covariance_triplets(weight, covariance, count, end=end, damping=damping, power=power, dtype=dtype), scale
+    )
 
 
 @torch.no_grad()
@@ -209,6 +294,17 @@ def orthonormality_error(factor: Tensor) -> Tensor:
         gram = rows @ rows.mT
     identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     return ((gram - identity).square().sum((-2, -1)) + torch.finfo(gram.dtype).eps).sqrt()
+
+
+def _check_scale(scale: float) -> None:
+    if not 0 < scale < float("inf"):
+        raise ValueError(f"scale is {scale}, but must be a positive finite number (alpha / r, say)")
+
+
+def _balanced(triplets: Triplets, scale: float) -> tuple[Tensor, Tensor]:
+    """(U diag(sqrt(S / scale)), diag(sqrt(S / scale)) V^T)."""
+    root = (triplets.S / scale).sqrt()
+    return triplets.U * root.unsqueeze(-2), root.unsqueeze(-1) * triplets.V.mT
 
 
 def _check_matrix(name: str, matrix: Tensor) -> None:

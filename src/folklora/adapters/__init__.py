@@ -2,8 +2,11 @@
 
 from folklora.adapters.am_lora import AMLoRA
 from folklora.adapters.base import AdapterConfig, Update
+from folklora.adapters.corda import CorDA
 from folklora.adapters.kasa import KaSA
 from folklora.adapters.lora import LoRA
+from folklora.adapters.lora_sb import LoRASB
+from folklora.adapters.lora_xs import LoRAXS
 from folklora.adapters.pissa import PiSSA
 
-__all__ = ["AMLoRA", "AdapterConfig", "KaSA", "LoRA", "PiSSA", "Update"]
+__all__ = ["AMLoRA", "AdapterConfig", "CorDA", "KaSA", "LoRA", "LoRASB", "LoRAXS", "PiSSA", "Update"]

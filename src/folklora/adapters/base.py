@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import enum
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -14,6 +16,7 @@ from peft import PeftConfig
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
+from folklora.adapters.statistics import Statistics, shape_of
 from folklora.factored import Factors
 
 
@@ -114,6 +117,10 @@ class AdapterConfig(PeftConfig):
     trains: ClassVar[str] = ""
     layer_kinds: ClassVar[frozenset[str]] = frozenset({"linear", "embedding", "convolution"})
     penalty_reduction: ClassVar[str] = "sum"
+    needs: ClassVar[frozenset[str]] = frozenset()
+    """Kinds of statistics ("covariance", "gradient", "fisher") that `update` is given of its layer."""
+    statistics: ClassVar[Statistics | None] = None
+    """What `calibrated` was given; no option, so it is never saved with them."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> AdapterConfig:
         """Choose the class by `method` when called as `AdapterConfig(...)`; refuse options that it does not know."""
@@ -157,10 +164,31 @@ class AdapterConfig(PeftConfig):
             key = get_pattern_key(pattern, name)
             if key in pattern:
                 changes[option] = pattern[key]
-        return dataclasses.replace(self, **changes) if changes else self
+        return self.changed(**changes) if changes else self
 
-    def update(self, weight: Tensor) -> Update:
-        """A new update for the base weight [out, in], dequantised, on its device."""
+    def changed(self, **options: Any) -> AdapterConfig:
+        """A copy with some options changed, and with the statistics that this one carries."""
+        return dataclasses.replace(self, **options).calibrated(self.statistics)
+
+    def calibrated(self, statistics: Statistics | None) -> AdapterConfig:
+        """A copy that carries statistics of the base model's layers, for a method that `needs` them.
+
+        They are read when the adapter is put on the model, and dropped with that; a saved adapter needs none.
+
+        Args:
+            statistics: What `folklora.calibrate` found, or `Statistics.load` read.
+        """
+        twin = copy.copy(self)
+        twin.statistics = statistics
+        return twin
+
+    def update(self, weight: Tensor, stats: Mapping[str, Tensor] | None = None) -> Update:
+        """A new update for the base weight [out, in], dequantised, on its device.
+
+        Args:
+            weight: The base weight.
+            stats: Given only to a method that `needs` any: the layer's, by kind, on the weight's device.
+        """
         raise NotImplementedError
 
     def empty(self, shape: tuple[int, int]) -> Update:
@@ -173,6 +201,18 @@ class AdapterConfig(PeftConfig):
         if self.r > limit:
             return [f"rank {self.r} is above {limit}, the largest for layer '{name}' with weight {list(shape)}"]
         return []
+
+    def check_statistics(self, stats: Mapping[str, Tensor], shape: tuple[int, int], name: str) -> list[str]:
+        """What speaks against these statistics of the layer `name` with a weight of `shape`; nothing if empty."""
+        problems = []
+        for kind in sorted(self.needs):
+            expected = shape_of(kind, shape)
+            if kind not in stats:
+                problems.append(f"{self.method} needs the {kind} of layer '{name}', and the statistics have none")
+            elif stats[kind].shape != expected:
+                found = list(stats[kind].shape)
+                problems.append(f"the {kind} of layer '{name}' has shape {found}, not {list(expected)}")
+        return problems
 
     def trainable_count(self, shape: tuple[int, int]) -> int:
         """How many parameters are trained on a weight of `shape` (out, in)."""

@@ -47,6 +47,8 @@ class TrainSettings:
         gradient_checkpointing: Recompute activations in the backward pass to save memory.
         precision: Of the base model's weights: "float32", "bfloat16", or "auto": bfloat16 where a GPU has it.
         eval_batch_size: Prompts a batch when scoring.
+        calibration_examples: Training examples that an adapter's statistics are taken from before it is made, where
+            it needs any (CorDA, LoRA-SB).
     """
 
     learning_rate: float = 1e-3
@@ -62,11 +64,13 @@ class TrainSettings:
     gradient_checkpointing: bool = False
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     eval_batch_size: int = 32
+    calibration_examples: int = 256
 
     def __post_init__(self) -> None:
+        positive = ("learning_rate", "epochs", "batch_size", "accumulation", "max_length", "eval_batch_size")
         problems = [
             f"{name} must be above 0, not {getattr(self, name)}"
-            for name in ("learning_rate", "epochs", "batch_size", "accumulation", "max_length", "eval_batch_size")
+            for name in (*positive, "calibration_examples")
             if not getattr(self, name) > 0
         ]
         if self.schedule not in ("constant", "linear", "cosine"):

@@ -29,7 +29,11 @@ class Kind:
 
     def matrix(self, base: nn.Module) -> Tensor:
         """The weight as a matrix [out, in], dequantised."""
-        return dequantize_module_weight(base).detach()
+        return self.from_layout(dequantize_module_weight(base).detach())
+
+    def from_layout(self, weight: Tensor) -> Tensor:
+        """A tensor in the layer's own layout (its weight, or the gradient of it) as a matrix [out, in]."""
+        return weight
 
     def layout(self, base: nn.Module, matrix: Tensor) -> Tensor:
         """A matrix [out, in] in the layer's own layout."""
@@ -62,8 +66,8 @@ class _TransposedLinear(Kind):
     def shape(self, base: nn.Module) -> tuple[int, int]:
         return base.weight.shape[1], base.weight.shape[0]
 
-    def matrix(self, base: nn.Module) -> Tensor:
-        return base.weight.detach().T
+    def from_layout(self, weight: Tensor) -> Tensor:
+        return weight.T
 
     def layout(self, base: nn.Module, matrix: Tensor) -> Tensor:
         return matrix.T.contiguous()
@@ -73,8 +77,8 @@ class _Embedding(Kind):
     def shape(self, base: nn.Module) -> tuple[int, int]:
         return base.embedding_dim, base.num_embeddings
 
-    def matrix(self, base: nn.Module) -> Tensor:
-        return base.weight.detach().T
+    def from_layout(self, weight: Tensor) -> Tensor:
+        return weight.T
 
     def layout(self, base: nn.Module, matrix: Tensor) -> Tensor:
         return matrix.T.contiguous()
@@ -91,8 +95,8 @@ class _Convolution(Kind):
     def shape(self, base: nn.Module) -> tuple[int, int]:
         return base.weight.shape[0], base.weight[0].numel()
 
-    def matrix(self, base: nn.Module) -> Tensor:
-        return base.weight.detach().flatten(1)
+    def from_layout(self, weight: Tensor) -> Tensor:
+        return weight.flatten(1)
 
     def layout(self, base: nn.Module, matrix: Tensor) -> Tensor:
         return matrix.view_as(base.weight)

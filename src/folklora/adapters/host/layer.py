@@ -90,7 +90,7 @@ class FolkloraLayer(nn.Module, BaseTunerLayer):
 
         Args:
             adapter_name: The adapter that it belongs to.
-            config: The method's options for this layer.
+            config: The method's options for this layer, with the statistics that it needs.
             waiting: Make it without values: saved ones will be loaded.
             trainable: Whether its parameters ask for gradients.
         """
@@ -98,6 +98,10 @@ class FolkloraLayer(nn.Module, BaseTunerLayer):
         if waiting:
             update = config.empty(self.kind.shape(base))
             self.waiting.add(adapter_name)
+        elif config.needs:
+            matrix = self.kind.matrix(base)
+            stats = {kind: value.to(matrix.device) for kind, value in config.statistics[self.name].items()}
+            update = config.update(matrix, stats)
         else:
             update = config.update(self.kind.matrix(base))
         sample = self.sample_base()

@@ -18,6 +18,7 @@ from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from folklora.adapters.base import PEFT_TYPE, AdapterConfig
 from folklora.adapters.host.kinds import LINEAR, TRANSPOSED, kind_of
@@ -42,11 +43,18 @@ class FolkloraModel(BaseTuner):
         """Add the adapter's layers, after checking every target, so that nothing is changed where one is wrong.
 
         Raises:
-            ValueError: No layer matches, a target cannot be adapted or options do not fit it; every problem is named.
+            ValueError: No layer matches, a target cannot be adapted, or options or statistics do not fit it; every
+                problem is named.
         """
-        self._check_targets(model, self.peft_config[adapter_name])
+        config = self.peft_config[adapter_name]
+        targets = self.targets(model, config)
+        if config.needs and not _awaits_values(config):
+            _check_statistics(config, targets)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         link_siblings(model)
+        if config.statistics is not None:
+            # they may be as large as the model, and the model would keep them alive
+            self.peft_config[adapter_name] = config.calibrated(None)
 
     def _create_and_replace(
         self,
@@ -59,7 +67,7 @@ class FolkloraModel(BaseTuner):
         **optional: Any,
     ) -> None:
         own = config.for_module(current_key)
-        waiting = config.restoring or torch.empty(0).device.type == "meta" or _on_meta()
+        waiting = _awaits_values(config)
         trainable = adapter_name in self.active_adapters and not config.inference_mode
         if isinstance(target, FolkloraLayer):
             target.add(adapter_name, own, waiting=waiting, trainable=trainable)
@@ -75,30 +83,35 @@ class FolkloraModel(BaseTuner):
             return existing.context
         if getattr(self, "_own_context", None) is None:
             self._own_context = CallContext()
-            for part in _called_with_masks(self.model):
-                part.register_forward_pre_hook(_MaskReader(self._own_context), with_kwargs=True)
+            read_masks(self.model, self._own_context)
         return self._own_context
 
-    def _check_targets(self, model: nn.Module, config: AdapterConfig) -> None:
+    @classmethod
+    def targets(cls, model: nn.Module, config: AdapterConfig) -> dict[str, nn.Module]:
+        """The layers that a configuration names, base layers by their names; its `target_modules` becomes explicit.
+
+        Raises:
+            ValueError: No layer matches, a target cannot be adapted or options do not fit it; every problem is named.
+        """
         problems = _without_match(config, model)
-        config = self._prepare_adapter_config(config, self.get_model_config(model))
+        config = cls._prepare_adapter_config(config, cls.get_model_config(model))
         if isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
             config.target_modules = _all_linear(config, model)
-        matched = 0
+        found: dict[str, nn.Module] = {}
         inside = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, FolkloraLayer))
         for name, module in model.named_modules():
             if not name or (inside and name.startswith(inside)) or not check_target_module_exists(config, name):
                 continue
-            matched += 1
-            problems += self._problems(config, name, module)
-        if not matched:
+            found[name] = module.get_base_layer() if isinstance(module, FolkloraLayer) else module
+            problems += cls._problems(config, name, found[name])
+        if not found:
             raise ValueError(_nothing_matched(config, model))
         if problems:
             raise ValueError("\n".join(problems))
+        return found
 
     @staticmethod
-    def _problems(config: AdapterConfig, name: str, module: nn.Module) -> list[str]:
-        base = module.get_base_layer() if isinstance(module, FolkloraLayer) else module
+    def _problems(config: AdapterConfig, name: str, base: nn.Module) -> list[str]:
         try:
             kind = kind_of(base, name)
         except TypeError as error:
@@ -108,9 +121,10 @@ class FolkloraModel(BaseTuner):
             return [f"{config.method} adapts {kinds} layers; '{name}' is a {type(base).__name__}"]
         return config.for_module(name).check(kind.shape(base), name)
 
-    def _prepare_adapter_config(self, config: AdapterConfig, model_config: dict) -> AdapterConfig:
+    @classmethod
+    def _prepare_adapter_config(cls, config: AdapterConfig, model_config: dict) -> AdapterConfig:
         if config.target_modules is None:
-            known = self.target_module_mapping.get(model_config.get("model_type"))
+            known = cls.target_module_mapping.get(model_config.get("model_type"))
             if known is None:
                 raise ValueError(
                     f"no default target_modules are known for models of type '{model_config.get('model_type')}'; "
@@ -235,11 +249,41 @@ class _MaskReader:
         self.context.before = 0 if cache is None else int(cache.get_seq_length())
 
 
+def read_masks(model: nn.Module, context: CallContext) -> list[RemovableHandle]:
+    """Let a context know the attention masks of every call of a model, from now on."""
+    reader = _MaskReader(context)
+    return [part.register_forward_pre_hook(reader, with_kwargs=True) for part in _called_with_masks(model)]
+
+
 def _called_with_masks(model: nn.Module) -> list[nn.Module]:
     # generation calls the encoder by itself; and each half reads masks of its own
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         return [model.get_encoder(), model.get_decoder()]
     return [model]
+
+
+def _awaits_values(config: AdapterConfig) -> bool:
+    """Whether an adapter is made without values: saved ones follow, or there is no memory for any."""
+    return config.restoring or torch.empty(0).device.type == "meta" or _on_meta()
+
+
+def _check_statistics(config: AdapterConfig, targets: dict[str, nn.Module]) -> None:
+    if config.statistics is None:
+        wanted = ", ".join(f'"{kind}"' for kind in sorted(config.needs))
+        raise ValueError(
+            f"{config.method} must know the {' and '.join(sorted(config.needs))} of each layer beforehand: pass "
+            f"config.calibrated(folklora.calibrate(model, batches, {{{wanted}}}, target_modules=config))"
+        )
+    lost = [name for name in targets if name not in config.statistics]
+    problems = [f"the statistics have no layer '{name}'" for name in lost]
+    if lost:
+        problems.append(f"layers that they have: {', '.join(config.statistics)}")
+    for name, base in targets.items():
+        if name not in lost:
+            shape = kind_of(base, name).shape(base)
+            problems += config.for_module(name).check_statistics(config.statistics[name], shape, name)
+    if problems:
+        raise ValueError("\n".join(problems))
 
 
 def _on_meta() -> bool:
