@@ -5,5 +5,9 @@ from folklora.adapters.base import AdapterConfig, Update
 from folklora.adapters.kasa import KaSA
 from folklora.adapters.lora import LoRA
 from folklora.adapters.pissa import PiSSA
+from folklora.adapters.salt import SALT
+from folklora.adapters.soma import SoMA
+from folklora.adapters.sorsa import SORSA
+from folklora.adapters.svfit import SVFit
 
-__all__ = ["AMLoRA", "AdapterConfig", "KaSA", "LoRA", "PiSSA", "Update"]
+__all__ = ["SALT", "SORSA", "AMLoRA", "AdapterConfig", "KaSA", "LoRA", "PiSSA", "SVFit", "SoMA", "Update"]

@@ -60,12 +60,28 @@ class Update(nn.Module):
         raise NotImplementedError
 
     batched_penalty: ClassVar[bool] = False
-    """Whether `penalty` is one function of the trained parameters in all layers of an adapter, made of operations that
-    `torch.func.vmap` can batch: then layers of one shape are computed together."""
+    """Whether `penalty` is one function of the trained parameters (and of `penalty_reads`) in all layers of an adapter,
+    made of operations that `torch.func.vmap` can batch: then layers of one shape are computed together."""
 
     def split(self, x: Tensor | None = None, mask: Tensor | None = None) -> tuple[Factors, Factors | None]:
         """`factors` in two parts: what reads the dropped-out input, and what takes the input as it is."""
         return self.factors(x, mask), None
+
+    unsaved: frozenset[str] = frozenset()
+    """Names of frozen parameters that a saved file leaves out, because `derive` makes them again from the base."""
+
+    def derive(self, weight: Tensor, saved: dict[str, Tensor], layer: str) -> dict[str, Tensor]:
+        """The values of the `unsaved` parameters, made again.
+
+        Args:
+            weight: The base weight [out, in], dequantised, on its device.
+            saved: The update's saved values by parameter name.
+            layer: The layer's name, for messages.
+        """
+        return {}
+
+    penalty_reads: ClassVar[frozenset[str]] = frozenset()
+    """Names of the frozen parameters that `penalty` reads, where `batched_penalty` is set."""
 
     def penalty(self) -> Tensor | None:
         """The method's regulariser of these parameters, a scalar; None where it has none."""
@@ -158,6 +174,13 @@ class AdapterConfig(PeftConfig):
             if key in pattern:
                 changes[option] = pattern[key]
         return dataclasses.replace(self, **changes) if changes else self
+
+    def chosen_rank(self, weight: Tensor) -> int | None:
+        """The rank that the method reads from the base weight [out, in]; None where the options give it.
+
+        The host asks before `update` and writes the answer into `rank_pattern`, which is saved.
+        """
+        return None
 
     def update(self, weight: Tensor) -> Update:
         """A new update for the base weight [out, in], dequantised, on its device."""

@@ -105,6 +105,14 @@ class FolkloraLayer(nn.Module, BaseTunerLayer):
         self._freeze_non_trainable_peft_weights(adapter_name)
         self.set_adapter(self.active_adapters)
 
+    def derive(self, adapter_name: str, saved: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What an update's saved values leave out, made again from the base weight, by parameter name."""
+        update = self.folklora_updates[adapter_name]
+        if not update.unsaved:
+            return {}
+        made = update.derive(self.kind.matrix(self.get_base_layer()), saved, self.name)
+        return {key: value.contiguous() for key, value in made.items()}
+
     def sample_base(self) -> Tensor:
         """SAMPLES evenly spaced elements of the base weight, float32: enough to tell one base from another."""
         flat = self.kind.matrix(self.get_base_layer()).reshape(-1)
@@ -287,6 +295,10 @@ class FolkloraLayer(nn.Module, BaseTunerLayer):
                     "never loaded or were made for another base model's weights; load them with "
                     "PeftModel.from_pretrained, or start anew from dataclasses.replace(config)"
                 )
+            update = self.folklora_updates[name]
+            for key, value in self.derive(name, dict(update.named_parameters())).items():
+                owner, _, leaf = key.rpartition(".")
+                setattr(update.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
             self.waiting.discard(name)
 
     def extra_repr(self) -> str:
