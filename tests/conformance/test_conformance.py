@@ -31,7 +31,14 @@ VARIANTS = {
     "am-lora as in the paper": AMLoRA(r=3, tasks=2, gate_input="lora", sparsity_on="scores", target_modules=TARGETS),
     "kasa without truncation": KaSA(r=3, truncate=0, target_modules=TARGETS),
     "kasa with dropout": KaSA(
-        r=3, truncate=5, l3="paper", reduction="sum", rslora=True, dropout=0.3, target_modules="all-linear"
+        r=3,
+        truncate=5,
+        truncate_limit=1.0,
+        l3="paper",
+        reduction="sum",
+        rslora=True,
+        dropout=0.3,
+        target_modules="all-linear",
     ),
     "lora on embedding and head": LoRA(
         r=3, dropout=0.3, target_modules=["embed_tokens", "lm_head", "o_proj"], rank_pattern={"o_proj": 5}

@@ -83,6 +83,10 @@ class Update(nn.Module):
     penalty_reads: ClassVar[frozenset[str]] = frozenset()
     """Names of the frozen parameters that `penalty` reads, where `batched_penalty` is set."""
 
+    corrects_base: ClassVar[bool] = False
+    """Whether the fixed part of `split` takes something out of the base itself, the same for every adapter of the
+    method up to its rank. Of several such adapters active at once, only the correction of the highest rank counts."""
+
     def penalty(self) -> Tensor | None:
         """The method's regulariser of these parameters, a scalar; None where it has none."""
         return None

@@ -143,22 +143,25 @@ class FolkloraLayer(nn.Module, BaseTunerLayer):
         dropped = [name for name in names if self.training and self.dropouts[name] > 0]
         if dropped:
             return self._forward_with_dropout(x, names)
-        return self.kind.forward(self.base_layer, x, concatenate([self._factors(name, x) for name in names]))
+        made = self._corrections_made(names)
+        parts = [self._factors(name, x, corrects=name not in made) for name in names]
+        return self.kind.forward(self.base_layer, x, concatenate(parts))
 
     def _forward_with_dropout(self, x: Tensor, names: list[str]) -> Tensor:
         # one draw for the layer, so that adapters with equal dropout lose the same elements
         source = x if x.is_floating_point() else self.base_layer.weight[:1]
         draw = torch.rand_like(x, dtype=torch.float32) if x.is_floating_point() else None
         whole, parts = [], []
+        made = self._corrections_made(names)
         for name in names:
             p = self.dropouts[name]
             if p == 0 or draw is None:
-                whole.append(self._factors(name, x))
+                whole.append(self._factors(name, x, corrects=name not in made))
                 continue
             learned, fixed = self.folklora_updates[name].split(*self._inputs(name, x))
             gate = self._row_gate(name, x)
             parts.append((p, learned if gate is None else learned.scale(gate)))
-            if fixed is not None:
+            if fixed is not None and name not in made:
                 whole.append(fixed if gate is None else fixed.scale(gate))
         y = self.kind.forward(self.base_layer, x, concatenate(whole)) if whole else self.base_layer(x)
         for p in sorted({p for p, _ in parts}):
@@ -177,8 +180,18 @@ class FolkloraLayer(nn.Module, BaseTunerLayer):
         update.before = self.context.before
         return x, self.context.mask_for(x)
 
-    def _factors(self, name: str, x: Tensor) -> Factors:
-        factors = self.folklora_updates[name].factors(*self._inputs(name, x))
+    def _corrections_made(self, names: list[str]) -> set[str]:
+        """Adapters whose correction of the base another one's contains; taken out twice, it would change its sign."""
+        correcting = [name for name in names if self.folklora_updates[name].corrects_base]
+        # rows that have their own adapters have one each
+        if len(correcting) < 2 or self.context.rows is not None:
+            return set()
+        fixed = {name: self.folklora_updates[name].split()[1] for name in correcting}
+        largest = max(correcting, key=lambda name: 0 if fixed[name] is None else fixed[name].rank)
+        return set(correcting) - {largest}
+
+    def _factors(self, name: str, x: Tensor, corrects: bool = True) -> Factors:
+        factors = _factors_of(self.folklora_updates[name], corrects, *self._inputs(name, x))
         gate = self._row_gate(name, x)
         return factors if gate is None else factors.scale(gate)
 
@@ -210,17 +223,29 @@ class FolkloraLayer(nn.Module, BaseTunerLayer):
         base = self.get_base_layer()
         self.admit_loaded(names)
         self._check_mergeable(names)
-        matrix = self.kind.matrix(base)
-        with torch.no_grad():
-            precise = torch.promote_types(matrix.dtype, torch.float32)
-            total = concatenate([self.folklora_updates[name].factors() for name in names]).dense()
-            merged = self.kind.layout(base, (matrix.to(precise) + total.to(precise)).to(matrix.dtype))
+        # together with those merged before, since corrections of the base do not add up
+        merged = self._merged_weight([*self.merged_adapters, *names])
         if safe_merge and not torch.isfinite(merged).all():
             raise ValueError(f"merging {', '.join(names)} into layer '{self.name}' gives values that are not finite")
         if self._unmerged_weight is None:
             self._unmerged_weight = base.weight
         base.weight = nn.Parameter(merged.contiguous(), requires_grad=False)
         self.merged_adapters.extend(names)
+
+    @torch.no_grad()
+    def _merged_weight(self, names: list[str]) -> Tensor:
+        base, made = self.get_base_layer(), self._corrections_made(names)
+        present = base.weight
+        if self._unmerged_weight is not None:
+            base.weight = self._unmerged_weight
+        try:
+            matrix = self.kind.matrix(base)
+            precise = torch.promote_types(matrix.dtype, torch.float32)
+            parts = [_factors_of(self.folklora_updates[name], name not in made) for name in names]
+            total = concatenate(parts).dense()
+            return self.kind.layout(base, (matrix.to(precise) + total.to(precise)).to(matrix.dtype))
+        finally:
+            base.weight = present
 
     def unmerge(self) -> None:
         """Put the base's own weight back, bit for bit."""
@@ -304,6 +329,10 @@ class FolkloraLayer(nn.Module, BaseTunerLayer):
     def extra_repr(self) -> str:
         """Which adapters the layer carries."""
         return ", ".join(f"{name}={type(update).__name__}" for name, update in self.folklora_updates.items())
+
+
+def _factors_of(update: Update, corrects: bool, *inputs: Tensor | None) -> Factors:
+    return update.factors(*inputs) if corrects else update.split(*inputs)[0]
 
 
 def layers_of(model: nn.Module) -> Iterator[FolkloraLayer]:
