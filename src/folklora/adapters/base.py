@@ -115,6 +115,7 @@ class AdapterConfig(PeftConfig):
         layers_to_transform: Indices of the blocks to adapt; None takes all.
         layers_pattern: Name of the list of blocks, where `layers_to_transform` is given and PEFT does not know it.
         modules_to_save: Modules trained in full and saved beside the adapter, such as a classification head.
+        train_bias: Also train the bias of adapted layers that have one, as a change that the adapter holds, from 0.
         dropout: Probability of dropping an element of the adapter's input while training.
         rank_pattern: Rank for layers whose name matches a key; the others have the method's own.
         alpha_pattern: Alpha for layers whose name matches a key.
@@ -126,6 +127,7 @@ class AdapterConfig(PeftConfig):
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
     modules_to_save: list[str] | None = None
+    train_bias: bool = False
     dropout: float = 0.0
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
@@ -202,7 +204,7 @@ class AdapterConfig(PeftConfig):
         return []
 
     def trainable_count(self, shape: tuple[int, int]) -> int:
-        """How many parameters are trained on a weight of `shape` (out, in)."""
+        """How many parameters are trained on a weight of `shape` (out, in), its bias not counted."""
         raise NotImplementedError
 
     @staticmethod

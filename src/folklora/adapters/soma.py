@@ -19,16 +19,16 @@ class SoMA(PiSSA):
     W_res = W - s B₀ A₀ is frozen and y = W_res x + b + s B (A x). As in PiSSA here, W stays as it is and the update is
     s (B A - B₀ A₀) with a frozen copy of the start, the same function; it exports as a LoRA of rank 2r. Exact
     decomposition: the authors' default "sora_niter_4" runs a randomised one, which gives the strongest components, so
-    PiSSA; their experiments do not use it. r (in + out) trained parameters a weight.
+    PiSSA; their experiments do not use it. r (in + out) trained parameters a weight, and out more for a bias.
 
     Where S_b is 0, both factors would be, and no gradient would pass: values below `floor` S_1 count as that much in
     the start (of both the trained and the frozen pair, so that the first step sees the base all the same).
 
     The method has two more parts, for any trainer: early blocks stay frozen, `exclude_modules=early_blocks(model, 8)`
     (8 of ViT-L's 24), and weight decay fades out over the run, `anneal_weight_decay(optimizer, steps)`, 0.05 to 1e-5.
-    It is part of the method: decay takes the minor components out, and then stops. The authors also train the bias
-    of every adapted layer, a mask token and the task's head: name the last two in `modules_to_save`; biases stay
-    frozen here. Their code calls the method SoRA.
+    It is part of the method: decay takes the minor components out, and then stops. The biases of adapted layers are
+    trained too (`train_bias`), as a change from 0, which decay pulls to the base's bias and not to 0. So are a mask
+    token and the task's head: name them in `modules_to_save`. The authors' code calls the method SoRA.
 
     Source: Yun, Chae, Lee, Ro, "SoMA: Singular Value Decomposed Minor Components Adaptation for Domain Generalizable
     Representation Learning", CVPR 2025, arXiv 2412.04077.
@@ -61,10 +61,12 @@ class SoMA(PiSSA):
         r: Rank.
         alpha: α of the scaling s = α/r; None takes α = r, the paper's s = 1.
         rslora: Scale by α/√r in place of α/r.
+        train_bias: Also train the bias of adapted layers that have one, as the authors do.
         floor: Share of the largest singular value that the weakest count as at least; 0 takes them as they are.
     """
 
     method: str = "soma"
+    train_bias: bool = True
     floor: float = 1e-6
 
     paper: ClassVar[str] = "Yun et al. 2025, arXiv 2412.04077"

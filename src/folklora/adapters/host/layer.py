@@ -15,7 +15,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from folklora.adapters.base import AdapterConfig, Update
+from folklora.adapters.base import AdapterConfig, Update, zeros
 from folklora.adapters.host.kinds import is_quantised, kind_of
 from folklora.factored import Factors, concatenate
 
@@ -71,6 +71,7 @@ class FolkloraLayer(nn.Module, BaseTunerLayer):
         self.waiting: set[str] = set()
         self.merged_adapters: list[str] = []
         self._unmerged_weight: nn.Parameter | None = None
+        self._unmerged_bias: nn.Parameter | None = None
         LIVE_LAYERS[next(_serial)] = self
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -93,6 +94,8 @@ class FolkloraLayer(nn.Module, BaseTunerLayer):
         else:
             update = config.update(self.kind.matrix(base))
         sample = self.sample_base()
+        bias = getattr(base, "bias", None) if config.train_bias else None
+        update.register_parameter("bias_change", None if bias is None else zeros(*bias.shape, like=bias))
         update.base_sample = nn.Parameter(sample.fill_(math.nan) if waiting else sample, requires_grad=False)
         for parameter in update.parameters():
             # FSDP2 shards only what lies in one piece, and a transposed factor does not
@@ -145,7 +148,7 @@ class FolkloraLayer(nn.Module, BaseTunerLayer):
             return self._forward_with_dropout(x, names)
         made = self._corrections_made(names)
         parts = [self._factors(name, x, corrects=name not in made) for name in names]
-        return self.kind.forward(self.base_layer, x, concatenate(parts))
+        return self._with_biases(self.kind.forward(self.base_layer, x, concatenate(parts)), x, names)
 
     def _forward_with_dropout(self, x: Tensor, names: list[str]) -> Tensor:
         # one draw for the layer, so that adapters with equal dropout lose the same elements
@@ -167,6 +170,15 @@ class FolkloraLayer(nn.Module, BaseTunerLayer):
         for p in sorted({p for p, _ in parts}):
             kept = x * ((draw >= p).to(source.dtype) / (1 - p))
             y = y + self.kind.update(self.base_layer, kept, concatenate([f for q, f in parts if q == p]))
+        return self._with_biases(y, x, names)
+
+    def _with_biases(self, y: Tensor, x: Tensor, names: list[str]) -> Tensor:
+        for name in names:
+            change = self.folklora_updates[name].bias_change
+            if change is not None:
+                change = self.kind.per_output(self.get_base_layer(), change.to(y.dtype))
+                gate = self._row_gate(name, x)
+                y = y + (change if gate is None else gate.to(y.dtype) * change)
         return y
 
     def _names_in_use(self) -> list[str]:
@@ -224,12 +236,15 @@ class FolkloraLayer(nn.Module, BaseTunerLayer):
         self.admit_loaded(names)
         self._check_mergeable(names)
         # together with those merged before, since corrections of the base do not add up
-        merged = self._merged_weight([*self.merged_adapters, *names])
+        together = [*self.merged_adapters, *names]
+        merged, bias = self._merged_weight(together), self._merged_bias(together)
         if safe_merge and not torch.isfinite(merged).all():
             raise ValueError(f"merging {', '.join(names)} into layer '{self.name}' gives values that are not finite")
         if self._unmerged_weight is None:
-            self._unmerged_weight = base.weight
+            self._unmerged_weight, self._unmerged_bias = base.weight, getattr(base, "bias", None)
         base.weight = nn.Parameter(merged.contiguous(), requires_grad=False)
+        if bias is not None:
+            base.bias = nn.Parameter(bias, requires_grad=False)
         self.merged_adapters.extend(names)
 
     @torch.no_grad()
@@ -247,12 +262,24 @@ class FolkloraLayer(nn.Module, BaseTunerLayer):
         finally:
             base.weight = present
 
+    @torch.no_grad()
+    def _merged_bias(self, names: list[str]) -> Tensor | None:
+        changes = [self.folklora_updates[name].bias_change for name in names]
+        changes = [change for change in changes if change is not None]
+        if not changes:
+            return None
+        own = self._unmerged_bias if self.merged_adapters else self.get_base_layer().bias
+        return (own.float() + sum(changes)).to(own.dtype)
+
     def unmerge(self) -> None:
         """Put the base's own weight back, bit for bit."""
         if self._unmerged_weight is None:
             return
-        self.get_base_layer().weight = self._unmerged_weight
-        self._unmerged_weight = None
+        base = self.get_base_layer()
+        base.weight = self._unmerged_weight
+        if self._unmerged_bias is not None:
+            base.bias = self._unmerged_bias
+        self._unmerged_weight = self._unmerged_bias = None
         self.merged_adapters.clear()
 
     def _check_mergeable(self, names: list[str]) -> None:

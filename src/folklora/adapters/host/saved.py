@@ -28,8 +28,7 @@ def check_saved_values(model: nn.Module, adapter_name: str, values: dict[str, Te
         ValueError: With every problem found, by layer.
     """
     problems: list[str] = []
-    complete = dict(values)
-    keys = {key.removeprefix(_PREFIX): key for key in values}
+    given = values
     values = {key.removeprefix(_PREFIX): value for key, value in values.items()}
     carriers = {
         path.removeprefix(_PREFIX): layer
@@ -43,16 +42,20 @@ def check_saved_values(model: nn.Module, adapter_name: str, values: dict[str, Te
     if problems:
         shown = problems[:8] + ([f"... and {len(problems) - 8} more"] if len(problems) > 8 else [])
         raise ValueError("\n".join([f"the saved adapter does not fit this model ({adapter_name}):", *shown]))
+    root = _PREFIX if any(key.startswith(_PREFIX) for key in given) else ""
+    derived: dict[str, Tensor] = {}
     for path, layer in carriers.items():
         # what is not saved must be made from the base weight, which may still be absent
         if layer.folklora_updates[adapter_name].unsaved and layer.get_base_layer().weight.is_meta:
             continue
-        prefix = f"{path}.folklora_updates.{adapter_name}."
-        own = {key.removeprefix(prefix): value for key, value in values.items() if key.startswith(prefix)}
-        root = keys[f"{prefix}base_sample"].removesuffix("base_sample")
-        complete |= {root + key: value for key, value in layer.derive(adapter_name, own).items()}
+        derived |= _derived(layer, adapter_name, f"{path}.folklora_updates.{adapter_name}.", values)
         layer.waiting.discard(adapter_name)
-    return complete
+    return {**given, **{root + key: value for key, value in derived.items()}}
+
+
+def _derived(layer: FolkloraLayer, adapter_name: str, prefix: str, values: dict[str, Tensor]) -> dict[str, Tensor]:
+    own = {key.removeprefix(prefix): value for key, value in values.items() if key.startswith(prefix)}
+    return {prefix + key: value for key, value in layer.derive(adapter_name, own).items()}
 
 
 def _layer_problems(layer: FolkloraLayer, adapter_name: str, prefix: str, values: dict[str, Tensor]) -> list[str]:
