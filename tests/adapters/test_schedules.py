@@ -123,6 +123,14 @@ def test_encoder_and_decoder_both_have_early_blocks():
     assert not re.fullmatch(pattern, "lm_head")
 
 
+def test_lists_within_a_block_are_no_blocks():
+    experts = nn.ModuleList(nn.ModuleDict({"experts": nn.ModuleList(nn.Linear(2, 2) for _ in range(9))}) for _ in "abc")
+    pattern = early_blocks(nn.ModuleDict({"layers": experts, "few": nn.ModuleList([nn.Linear(2, 2)])}), 2)
+    assert re.fullmatch(pattern, "layers.1.experts.8")
+    assert not re.fullmatch(pattern, "layers.2.experts.1")
+    assert not re.fullmatch(pattern, "few.0.weight")
+
+
 def test_blocks_that_are_not_there_are_refused():
     with pytest.raises(ValueError, match="from 1 to 1 for a model of 2 blocks, not 2"):
         early_blocks(tiny.llama(), 2)

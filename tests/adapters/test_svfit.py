@@ -214,6 +214,20 @@ def test_values_put_in_by_load_state_dict_are_completed_at_first_use(tmp_path: P
     assert torch.equal(tiny.logits(loaded), tiny.logits(model))
 
 
+def test_a_base_whose_weights_come_later_is_decomposed_at_first_use(tmp_path: Path):
+    model = tiny.trained(SVFit(r=R, target_modules=tiny.TARGETS))
+    model.save_pretrained(tmp_path)
+    base = tiny.llama()
+    layers = [base.get_submodule(layer.name) for layer, _ in updates_of(model, "default")]
+    weights = [layer.weight for layer in layers]
+    for layer in layers:
+        layer.weight = nn.Parameter(layer.weight.to("meta"))
+    loaded = PeftModel.from_pretrained(base, tmp_path, low_cpu_mem_usage=True).eval()
+    for layer, weight in zip(layers, weights, strict=True):
+        layer.weight = weight
+    assert torch.equal(tiny.logits(loaded), tiny.logits(model))
+
+
 def test_equal_singular_values_are_warned_of_at_the_start_and_in_loading(tmp_path: Path):
     one, other = nets([3.0, 2.0, 2.0, 1.0])
     with pytest.warns(UserWarning, match=r"\[12, 9\].*not unique.*save_vectors=True"):

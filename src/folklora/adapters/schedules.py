@@ -15,8 +15,9 @@ _FROM, _STEP = "annealed_from", "annealed_steps"
 def early_blocks(model: nn.Module, start: int) -> str:
     """The names of all layers in the blocks before `start`, as a regular expression for `exclude_modules`.
 
-    The blocks are the model's longest `ModuleList` (each of the longest, where several are equally long, such as an
-    encoder's and a decoder's). Works with every method and every form of `target_modules`.
+    The blocks are the longest `ModuleList` of the model that lies in no other (all of the longest, where several are
+    equally long, such as an encoder's and a decoder's; of a language model with a shorter vision tower, the language
+    model's). Works with every method and every form of `target_modules`.
 
         config = SoMA(target_modules="all-linear", exclude_modules=early_blocks(model, 8))
 
@@ -27,7 +28,11 @@ def early_blocks(model: nn.Module, start: int) -> str:
     Raises:
         ValueError: The model has no list of blocks, or `start` leaves none or excludes none.
     """
-    lists = {name: len(part) for name, part in model.named_modules() if isinstance(part, nn.ModuleList)}
+    lists: dict[str, int] = {}
+    for name, part in model.named_modules():
+        # experts may be more than blocks, and stand in lists of their own within each
+        if isinstance(part, nn.ModuleList) and not name.startswith(tuple(f"{outer}." for outer in lists)):
+            lists[name] = len(part)
     if not lists:
         raise ValueError(
             f"{type(model).__name__} has no list of blocks (nn.ModuleList); name layers in exclude_modules"

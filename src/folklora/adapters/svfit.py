@@ -26,9 +26,9 @@ class SVFit(AdapterConfig):
     Components whose singular value is 0 (below 1e-6 of the largest) are none of the weight's: their δ has no effect.
 
     Without `r`, each weight has the least r that holds the share `energy` of Σ S² (`energy_of="s2"`) or Σ S ("s"); the
-    ranks found are written into `rank_pattern`. The paper says "over 99 % of the information" and not of which, and
-    its parameter counts mean r = 768, all values, on RoBERTa-base. No code of the authors is public: where σ starts and
-    what is frozen is the paper's, the rest is our choice.
+    ranks found are written into `rank_pattern`, so that such a configuration belongs to one model. The paper says "over
+    99 % of the information" and not of which, and its parameter counts mean r = 768, all values, on RoBERTa-base. No
+    code of the authors is public: where σ starts and what is frozen is the paper's, the rest is our choice.
 
     A saved file holds 2 r numbers a weight, δ and S_r, and loading decomposes the base weight again. Single vectors are
     unique only where their singular values lie apart: a warning says where they do not, or where the base that is
