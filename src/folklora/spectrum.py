@@ -28,7 +28,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import product
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -36,6 +35,9 @@ from torch import Tensor
 # Columns of W E have a cosine of about eps64 s1^2 / (s_i s_j). Below this share of s1 that may be too much
 # for their lengths to be singular values to float32 precision.
 _RELIABLE_SHARE = 1e-4
+
+# Relative round-off of a sum of squares that were computed by way of the Gram matrix.
+_SUM_ERROR = 1e-12
 
 # Entries this close to the largest one count as tied for it, so that round-off does not choose the sign.
 _SIGN_TIE = 1e-6
@@ -75,7 +77,7 @@ def top(weight: Tensor, count: int, *, dtype: torch.dtype = torch.float32) -> Tr
         ValueError: `weight` is no floating-point matrix, or has values that are not finite; `count` is not
             in 1 ... k.
     """
-    _check(weight, count)
+    check_weight(weight, count)
     return _triplets(weight, slice(0, count), dtype)
 
 
@@ -96,7 +98,7 @@ def bottom(weight: Tensor, count: int, *, dtype: torch.dtype = torch.float32) ->
         ValueError: `weight` is no floating-point matrix, or has values that are not finite; `count` is not
             in 1 ... k.
     """
-    _check(weight, count)
+    check_weight(weight, count)
     short = min(weight.shape[-2:])
     return _triplets(weight, slice(short - count, short), dtype)
 
@@ -115,7 +117,7 @@ def triplets(weight: Tensor, *, dtype: torch.dtype = torch.float32) -> Triplets:
         ValueError: `weight` is no floating-point matrix, has an empty side, or has values that are not
             finite.
     """
-    _check(weight)
+    check_weight(weight)
     return _triplets(weight, slice(0, min(weight.shape[-2:])), dtype)
 
 
@@ -142,95 +144,58 @@ def top_factors(
         ValueError: `weight` is no floating-point matrix, or has values that are not finite; `count` is not
             in 1 ... k; `scale` is not a positive number.
     """
-    _check_scale(scale)
-    return _balanced(top(weight, count, dtype=dtype), scale)
+    return balanced(top(weight, count, dtype=dtype), scale)
 
 
 @torch.no_grad()
-def covariance_triplets(
-    weight: Tensor,
-    covariance: Tensor,
-    count: int,
-    *,
-    end: Literal["top", "bottom"] = "top",
-    damping: float = 0.01,
-    power: float = 1.0,
-    dtype: torch.dtype = torch.float32,
-) -> Triplets:
-    """A weight's components by how much of the layer's input they see: singular triplets of W M, brought back to W.
+def balanced(part: Triplets, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Singular triplets as a LoRA pair of equal shares: scale * B0 @ A0 = U diag(S) V^T.
 
-        M = (C + damping * mean(diag C) I)^power        W M = U diag(S) V^T        Vhat = M^-1 V = W^T U diag(1/S)
-
-    U diag(S) Vhat^T is W projected onto chosen left singular vectors of W M; for all k of them it is W. U is
-    orthonormal, Vhat is not: (M Vhat)^T M Vhat = I. Vhat is taken from W^T U, with no inverse. The bottom end comes
-    from a full decomposition in float64, since W M is often too ill-conditioned to be squared. Where S is 0 to
-    float64 precision, so is W^T U, and Vhat is set to 0.
+        B0 = U diag(sqrt(S / scale))        A0 = diag(sqrt(S / scale)) V^T
 
     Args:
-        weight: [m, n], any floating dtype.
-        covariance: C [n, n], symmetric and positive semidefinite.
-        count: how many, 1 <= count <= k = min(m, n).
-        end: the strongest of W M, or the weakest, in descending order either way.
-        damping: above 0 unless C has full rank.
-        power: 1 is CorDA's (arXiv 2406.05223); at 1/2, S^2 are the energies that the components have in the output,
-            and dropping the bottom ones loses the least of it.
-        dtype: of the result; the computation is in float64.
+        part: the triplets, [..., t].
+        scale: what the product will be multiplied with (LoRA's alpha / r, say), above 0.
 
     Returns:
-        U [m, count], S [count] descending, and Vhat [n, count] as `V`.
+        B0 [..., m, t] and A0 [..., t, n].
 
     Raises:
-        ValueError: see `top`; the covariance is not [n, n] and finite, or has no positive entry on its diagonal.
+        ValueError: `scale` is not a positive number.
     """
-    _check(weight, count)
-    n = weight.shape[-1]
-    if weight.ndim != 2 or covariance.shape != (n, n):
-        raise ValueError(f"covariance has shape {list(covariance.shape)}, but must be [n, n] of one weight [m, n]")
-    C, W = covariance.double(), weight.double()
-    mean = C.diagonal().mean()
-    if not C.isfinite().all() or not mean > 0:
-        raise ValueError("the covariance must be finite, with a positive mean on its diagonal")
-    M = C + damping * mean * torch.eye(n, dtype=C.dtype, device=C.device)
-    if power != 1:
-        values, vectors = torch.linalg.eigh(M)
-        M = (vectors * values.clamp(min=0) ** power) @ vectors.mT
-    if end == "top":
-        strongest = top(W @ M, count, dtype=torch.float64)
-        U, S = strongest.U, strongest.S
-    else:
-        U, S, _ = torch.linalg.svd(W @ M, full_matrices=False)
-        U, S = U[:, -count:], S[-count:]
-    floor = torch.finfo(S.dtype).eps * torch.linalg.matrix_norm(W) * torch.linalg.matrix_norm(M)
-    V = torch.where(floor < S, W.mT @ U / S, 0)
-    sign = _signs(V)
-    return Triplets((U * sign).to(dtype), S.to(dtype), (V * sign).to(dtype))
+    if not 0 < scale < float("inf"):
+        raise ValueError(f"scale is {scale}, but must be a positive finite number (alpha / r, say)")
+    root = (part.S / scale).sqrt()
+    return part.U * root.unsqueeze(-2), root.unsqueeze(-1) * part.V.mT
 
 
-def covariance_factors(
-    weight: Tensor,
-    covariance: Tensor,
-    count: int,
-    scale: float = 1.0,
-    *,
-    end: Literal["top", "bottom"] = "top",
-    damping: float = 0.01,
-    power: float = 1.0,
-    dtype: torch.dtype = torch.float32,
-) -> tuple[Tensor, Tensor]:
-    """The part of a weight in `covariance_triplets` as a balanced LoRA pair: scale * B0 @ A0 = U diag(S) Vhat^T.
+@torch.no_grad()
+def energy_rank(weight: Tensor, share: float, *, squared: bool = True) -> int:
+    """The least number of singular triplets that hold a share of a weight's energy.
 
-    B0 = U diag(sqrt(S / scale)) and A0 = diag(sqrt(S / scale)) Vhat^T, the start of CorDA. A covariance c times as
-    large gives the same product, from a B0 sqrt(c) times as large (at power 1) and an A0 as much smaller.
+    The smallest r with S_1^2 + ... + S_r^2 >= share (S_1^2 + ... + S_k^2); without `squared`, of the values themselves.
 
-    Args and errors: those of `covariance_triplets` and `top_factors`.
+    Args:
+        weight: [m, n], any floating dtype; the computation is in float64.
+        share: the share, above 0 and at most 1.
+        squared: whether energy is the square of a singular value or the value itself.
 
     Returns:
-        B0 [m, count] and A0 [count, n].
+        r, 1 <= r <= k = min(m, n); 1 for W = 0.
+
+    Raises:
+        ValueError: `weight` is no floating-point matrix, or has values that are not finite; `share` is not
+            above 0 and at most 1.
     """
-    _check_scale(scale)
-    return _balanced(
-        covariance_triplets(weight, covariance, count, end=end, damping=damping, power=power, dtype=dtype), scale
-    )
+    if not 0 < share <= 1:
+        raise ValueError(f"share is {share}, but must be above 0 and at most 1")
+    check_weight(weight)
+    layer = weight.double()
+    gram = layer.mT @ layer if layer.shape[0] >= layer.shape[1] else layer @ layer.mT
+    energy = torch.linalg.eigvalsh(gram).flip(-1).clamp(min=0)
+    reached = (energy if squared else energy.sqrt()).cumsum(0)
+    # round-off in the sum must not ask for one more value
+    return int((reached < share * reached[-1] * (1 - _SUM_ERROR)).sum()) + 1
 
 
 @torch.no_grad()
@@ -256,12 +221,12 @@ def bottom_factors(weight: Tensor, count: int, *, dtype: torch.dtype = torch.flo
         ValueError: `weight` is no floating-point matrix, or has values that are not finite; `count` is not
             in 1 ... k.
     """
-    _check(weight, count)
+    check_weight(weight, count)
     m, n = weight.shape[-2:]
 
     def factors(layer: Tensor) -> tuple[Tensor, Tensor]:
         E = _short_side_vectors(layer)[0][:, -count:]
-        E = E * _signs(E)
+        E = E * column_signs(E)
         return (layer @ E, E.mT) if n <= m else (E, E.mT @ layer)
 
     P, Q = _layer_by_layer(weight, factors, [(m, count), (count, n)], dtype)
@@ -296,17 +261,6 @@ def orthonormality_error(factor: Tensor) -> Tensor:
     return ((gram - identity).square().sum((-2, -1)) + torch.finfo(gram.dtype).eps).sqrt()
 
 
-def _check_scale(scale: float) -> None:
-    if not 0 < scale < float("inf"):
-        raise ValueError(f"scale is {scale}, but must be a positive finite number (alpha / r, say)")
-
-
-def _balanced(triplets: Triplets, scale: float) -> tuple[Tensor, Tensor]:
-    """(U diag(sqrt(S / scale)), diag(sqrt(S / scale)) V^T)."""
-    root = (triplets.S / scale).sqrt()
-    return triplets.U * root.unsqueeze(-2), root.unsqueeze(-1) * triplets.V.mT
-
-
 def _check_matrix(name: str, matrix: Tensor) -> None:
     if matrix.ndim < 2:
         raise ValueError(f"{name} has shape {list(matrix.shape)}, but must be a matrix [m, n] or a batch of them")
@@ -316,7 +270,8 @@ def _check_matrix(name: str, matrix: Tensor) -> None:
         )
 
 
-def _check(weight: Tensor, count: int | None = None) -> None:
+def check_weight(weight: Tensor, count: int | None = None) -> None:
+    """Refuse what cannot be decomposed, or has fewer than `count` singular values, with a ValueError in words."""
     _check_matrix("weight", weight)
     short = min(weight.shape[-2:])
     shape = list(weight.shape[-2:])
@@ -379,7 +334,7 @@ def _decompose(layer: Tensor, chosen: slice) -> tuple[Tensor, Tensor, Tensor]:
         S = torch.cat([S[:strong], weak])
     S, order = S.sort(descending=True)
     U, V = (Q[:, order], E[:, order]) if tall else (E[:, order], Q[:, order])
-    sign = _signs(V)
+    sign = column_signs(V)
     return U * sign, S, V * sign
 
 
@@ -390,7 +345,7 @@ def _short_side_vectors(layer: Tensor) -> tuple[Tensor, Tensor]:
     return vectors.flip(-1), values[-1].clamp(min=0).sqrt()
 
 
-def _signs(vectors: Tensor) -> Tensor:
+def column_signs(vectors: Tensor) -> Tensor:
     """+1 or -1 for each column of [n, t], such that its largest entry becomes positive."""
     magnitude = vectors.abs()
     tied = magnitude >= (1 - _SIGN_TIE) * magnitude.amax(0)

@@ -63,12 +63,32 @@ class Update(nn.Module):
         raise NotImplementedError
 
     batched_penalty: ClassVar[bool] = False
-    """Whether `penalty` is one function of the trained parameters in all layers of an adapter, made of operations that
-    `torch.func.vmap` can batch: then layers of one shape are computed together."""
+    """Whether `penalty` is one function of the trained parameters (and of `penalty_reads`) in all layers of an adapter,
+    made of operations that `torch.func.vmap` can batch: then layers of one shape are computed together."""
 
     def split(self, x: Tensor | None = None, mask: Tensor | None = None) -> tuple[Factors, Factors | None]:
         """`factors` in two parts: what reads the dropped-out input, and what takes the input as it is."""
         return self.factors(x, mask), None
+
+    unsaved: frozenset[str] = frozenset()
+    """Names of frozen parameters that a saved file leaves out, because `derive` makes them again from the base."""
+
+    def derive(self, weight: Tensor, saved: dict[str, Tensor], layer: str) -> dict[str, Tensor]:
+        """The values of the `unsaved` parameters, made again.
+
+        Args:
+            weight: The base weight [out, in], dequantised, on its device.
+            saved: The update's saved values by parameter name.
+            layer: The layer's name, for messages.
+        """
+        return {}
+
+    penalty_reads: ClassVar[frozenset[str]] = frozenset()
+    """Names of the frozen parameters that `penalty` reads, where `batched_penalty` is set."""
+
+    corrects_base: ClassVar[bool] = False
+    """Whether the fixed part of `split` takes something out of the base itself, the same for every adapter of the
+    method up to its rank. Of several such adapters active at once, only the correction of the highest rank counts."""
 
     def penalty(self) -> Tensor | None:
         """The method's regulariser of these parameters, a scalar; None where it has none."""
@@ -98,6 +118,7 @@ class AdapterConfig(PeftConfig):
         layers_to_transform: Indices of the blocks to adapt; None takes all.
         layers_pattern: Name of the list of blocks, where `layers_to_transform` is given and PEFT does not know it.
         modules_to_save: Modules trained in full and saved beside the adapter, such as a classification head.
+        train_bias: Also train the bias of adapted layers that have one, as a change that the adapter holds, from 0.
         dropout: Probability of dropping an element of the adapter's input while training.
         rank_pattern: Rank for layers whose name matches a key; the others have the method's own.
         alpha_pattern: Alpha for layers whose name matches a key.
@@ -109,6 +130,7 @@ class AdapterConfig(PeftConfig):
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
     modules_to_save: list[str] | None = None
+    train_bias: bool = False
     dropout: float = 0.0
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
@@ -166,6 +188,13 @@ class AdapterConfig(PeftConfig):
                 changes[option] = pattern[key]
         return self.changed(**changes) if changes else self
 
+    def chosen_rank(self, weight: Tensor) -> int | None:
+        """The rank that the method reads from the base weight [out, in]; None where the options give it.
+
+        The host asks before `update` and writes the answer into `rank_pattern`, which is saved.
+        """
+        return None
+
     def changed(self, **options: Any) -> AdapterConfig:
         """A copy with some options changed, and with the statistics that this one carries."""
         return dataclasses.replace(self, **options).calibrated(self.statistics)
@@ -215,7 +244,7 @@ class AdapterConfig(PeftConfig):
         return problems
 
     def trainable_count(self, shape: tuple[int, int]) -> int:
-        """How many parameters are trained on a weight of `shape` (out, in)."""
+        """How many parameters are trained on a weight of `shape` (out, in), its bias not counted."""
         raise NotImplementedError
 
     @staticmethod

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from folklora.adapters.base import AdapterConfig, zeros
 from folklora.adapters.pissa import PiSSAUpdate
-from folklora.spectrum import covariance_factors
+from folklora.covariance import covariance_factors
 
 
 @dataclass

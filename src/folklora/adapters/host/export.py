@@ -11,7 +11,8 @@ from peft.utils.save_and_load import get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from folklora.adapters.host.layer import updates_of
+from folklora.adapters.base import Update
+from folklora.adapters.host.layer import FolkloraLayer, updates_of
 from folklora.stream.files import replace_folder
 
 
@@ -40,12 +41,8 @@ def export_lora(
     pairs = list(updates_of(model, adapter_name))
     if not pairs:
         raise ValueError(f"the model carries no Folklora adapter named '{adapter_name}'")
-    gated = next((update for _, update in pairs if update.gated), None)
-    if gated is not None:
-        raise ValueError(
-            f"adapter '{adapter_name}' has no plain LoRA form: its gates read each layer's input "
-            f"({type(gated).__name__}), and a LoRA is the same for every input"
-        )
+    biased = any(update.bias_change is not None for _, update in pairs)
+    _check_exportable(adapter_name, pairs, biased)
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
     with torch.no_grad():
@@ -54,8 +51,12 @@ def export_lora(
             A, B = update.factors().to_lora()
             ranks[layer.name] = A.shape[0]
             tensors.update(_named(layer, A, B, dtype))
+            if biased:
+                change = B.new_zeros(len(B)) if update.bias_change is None else update.bias_change
+                key = f"base_model.model.{layer.name}.lora_B.bias"
+                tensors[key] = change.to("cpu", dtype or change.dtype, copy=True)
         tensors.update(_saved_modules(model, adapter_name))
-    config = _lora_config(model, adapter_name, ranks)
+    config = _lora_config(model, adapter_name, ranks, biased)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as temporary:
         folder = Path(temporary) / out.name
@@ -63,6 +64,21 @@ def export_lora(
         save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
         replace_folder(folder, out)
     return ranks
+
+
+def _check_exportable(adapter_name: str, pairs: list[tuple[FolkloraLayer, Update]], biased: bool) -> None:
+    gated = next((update for _, update in pairs if update.gated), None)
+    if gated is not None:
+        raise ValueError(
+            f"adapter '{adapter_name}' has no plain LoRA form: its gates read each layer's input "
+            f"({type(gated).__name__}), and a LoRA is the same for every input"
+        )
+    embedding = next((layer.name for layer, _ in pairs if layer.kind.name == "embedding"), None)
+    if biased and embedding is not None:
+        raise ValueError(
+            f"adapter '{adapter_name}' changes biases and adapts the embedding '{embedding}', and PEFT's LoRA cannot "
+            "hold both: train with train_bias=False, or leave the embedding out"
+        )
 
 
 def _named(layer: nn.Module, A: Tensor, B: Tensor, dtype: torch.dtype | None) -> dict[str, Tensor]:
@@ -92,7 +108,7 @@ def _saved_modules(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
     }
 
 
-def _lora_config(model: nn.Module, adapter_name: str, ranks: dict[str, int]) -> LoraConfig:
+def _lora_config(model: nn.Module, adapter_name: str, ranks: dict[str, int], biased: bool) -> LoraConfig:
     source = model.peft_config[adapter_name]
     common = max(ranks.values(), key=list(ranks.values()).count)
     # anchored patterns: PEFT matches a key against the end of a name
@@ -107,6 +123,7 @@ def _lora_config(model: nn.Module, adapter_name: str, ranks: dict[str, int]) -> 
         task_type=source.task_type,
         base_model_name_or_path=source.base_model_name_or_path,
         inference_mode=True,
+        lora_bias=biased,
         fan_in_fan_out=_all_transposed(model, adapter_name),
     )
 

@@ -39,6 +39,10 @@ class Kind:
         """A matrix [out, in] in the layer's own layout."""
         return matrix
 
+    def per_output(self, base: nn.Module, vector: Tensor) -> Tensor:
+        """A vector [out], such as a bias, in the shape that broadcasts with the layer's output."""
+        return vector
+
     def forward(self, base: nn.Module, x: Tensor, factors: Factors, dropout: float = 0.0) -> Tensor:
         """base(x) plus the update of x, or of x after dropout."""
         return base(x) + self.update(base, F.dropout(x, dropout) if dropout else x, factors)
@@ -100,6 +104,9 @@ class _Convolution(Kind):
 
     def layout(self, base: nn.Module, matrix: Tensor) -> Tensor:
         return matrix.view_as(base.weight)
+
+    def per_output(self, base: nn.Module, vector: Tensor) -> Tensor:
+        return vector.view(-1, *([1] * (base.weight.dim() - 2)))
 
     def update(self, base: nn.Module, x: Tensor, factors: Factors) -> Tensor:
         convolve = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}[base.weight.dim()]

@@ -16,7 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from folklora.adapters.base import AdapterConfig, Update
+from folklora.adapters.base import AdapterConfig, Update, zeros
 from folklora.adapters.host.kinds import is_quantised, kind_of
 from folklora.adapters.host.siblings import Offer, offered, share
 from folklora.factored import Factors, concatenate
@@ -73,6 +73,7 @@ class FolkloraLayer(nn.Module, BaseTunerLayer):
         self.waiting: set[str] = set()
         self.merged_adapters: list[str] = []
         self._unmerged_weight: nn.Parameter | None = None
+        self._unmerged_bias: nn.Parameter | None = None
         self.siblings: list[FolkloraLayer] = []
         self.offer: Offer | None = None
         LIVE_LAYERS[next(_serial)] = self
@@ -105,6 +106,8 @@ class FolkloraLayer(nn.Module, BaseTunerLayer):
         else:
             update = config.update(self.kind.matrix(base))
         sample = self.sample_base()
+        bias = getattr(base, "bias", None) if config.train_bias else None
+        update.register_parameter("bias_change", None if bias is None else zeros(*bias.shape, like=bias))
         update.base_sample = nn.Parameter(sample.fill_(math.nan) if waiting else sample, requires_grad=False)
         for parameter in update.parameters():
             # FSDP2 shards only what lies in one piece, and a transposed factor does not
@@ -116,6 +119,14 @@ class FolkloraLayer(nn.Module, BaseTunerLayer):
         update.requires_grad_(trainable)
         self._freeze_non_trainable_peft_weights(adapter_name)
         self.set_adapter(self.active_adapters)
+
+    def derive(self, adapter_name: str, saved: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What an update's saved values leave out, made again from the base weight, by parameter name."""
+        update = self.folklora_updates[adapter_name]
+        if not update.unsaved:
+            return {}
+        made = update.derive(self.kind.matrix(self.get_base_layer()), saved, self.name)
+        return {key: value.contiguous() for key, value in made.items()}
 
     def sample_base(self) -> Tensor:
         """SAMPLES evenly spaced elements of the base weight, float32: enough to tell one base from another."""
@@ -148,13 +159,16 @@ class FolkloraLayer(nn.Module, BaseTunerLayer):
         if dropped:
             return self._forward_with_dropout(x, names)
         found = offered(self, x)
-        if found is not None:
-            return self.kind.forward(self.base_layer, x, found[0], shared=found[1])
-        factors = concatenate([self._factors(name, x) for name in names])
-        shared = share(self, x, factors) if self.siblings else None
+        if found is None:
+            factors = self._sum(names, x)
+            shared = share(self, x, factors) if self.siblings else None
+        else:
+            factors, shared = found
         if shared is None:
-            return self.kind.forward(self.base_layer, x, factors)
-        return self.kind.forward(self.base_layer, x, factors, shared=shared)
+            y = self.kind.forward(self.base_layer, x, factors)
+        else:
+            y = self.kind.forward(self.base_layer, x, factors, shared=shared)
+        return self._with_biases(y, x, names)
 
     def current_factors(self, x: Tensor) -> Factors | None:
         """All that the active adapters add for x, or None where the layer's call would not be the base's plus that."""
@@ -165,21 +179,26 @@ class FolkloraLayer(nn.Module, BaseTunerLayer):
             self.admit_loaded(names)
         if self.training and any(self.dropouts[name] > 0 for name in names):
             return None
-        return concatenate([self._factors(name, x) for name in names])
+        return self._sum(names, x)
+
+    def _sum(self, names: list[str], x: Tensor) -> Factors:
+        made = self._corrections_made(names)
+        return concatenate([self._factors(name, x, corrects=name not in made) for name in names])
 
     def _forward_with_dropout(self, x: Tensor, names: list[str]) -> Tensor:
         whole: list[Factors] = []
         # one mask of x for all adapters of equal dropout
         by_dropout: dict[float, list[Factors]] = defaultdict(list)
+        made = self._corrections_made(names)
         for name in names:
             p = self.dropouts[name]
             if p == 0 or not x.is_floating_point():
-                whole.append(self._factors(name, x))
+                whole.append(self._factors(name, x, corrects=name not in made))
                 continue
             learned, fixed = self.folklora_updates[name].split(*self._inputs(name, x))
             gate = self._row_gate(name, x)
             by_dropout[p].append(learned if gate is None else learned.scale(gate))
-            if fixed is not None:
+            if fixed is not None and name not in made:
                 whole.append(fixed if gate is None else fixed.scale(gate))
         parts = [(p, concatenate(factors)) for p, factors in sorted(by_dropout.items())]
         if whole or not parts:
@@ -189,6 +208,15 @@ class FolkloraLayer(nn.Module, BaseTunerLayer):
             y = self.kind.forward(self.base_layer, x, factors, p)
         for p, factors in parts:
             y = y + self.kind.update(self.base_layer, F.dropout(x, p), factors)
+        return self._with_biases(y, x, names)
+
+    def _with_biases(self, y: Tensor, x: Tensor, names: list[str]) -> Tensor:
+        for name in names:
+            change = self.folklora_updates[name].bias_change
+            if change is not None:
+                change = self.kind.per_output(self.get_base_layer(), change.to(y.dtype))
+                gate = self._row_gate(name, x)
+                y = y + (change if gate is None else gate.to(y.dtype) * change)
         return y
 
     def _names_in_use(self) -> list[str]:
@@ -202,8 +230,18 @@ class FolkloraLayer(nn.Module, BaseTunerLayer):
         update.before = self.context.before
         return x, self.context.mask_for(x)
 
-    def _factors(self, name: str, x: Tensor) -> Factors:
-        factors = self.folklora_updates[name].factors(*self._inputs(name, x))
+    def _corrections_made(self, names: list[str]) -> set[str]:
+        """Adapters whose correction of the base another one's contains; taken out twice, it would change its sign."""
+        correcting = [name for name in names if self.folklora_updates[name].corrects_base]
+        # rows that have their own adapters have one each
+        if len(correcting) < 2 or self.context.rows is not None:
+            return set()
+        fixed = {name: self.folklora_updates[name].split()[1] for name in correcting}
+        largest = max(correcting, key=lambda name: 0 if fixed[name] is None else fixed[name].rank)
+        return set(correcting) - {largest}
+
+    def _factors(self, name: str, x: Tensor, corrects: bool = True) -> Factors:
+        factors = _factors_of(self.folklora_updates[name], corrects, *self._inputs(name, x))
         gate = self._row_gate(name, x)
         return factors if gate is None else factors.scale(gate)
 
@@ -235,24 +273,51 @@ class FolkloraLayer(nn.Module, BaseTunerLayer):
         base = self.get_base_layer()
         self.admit_loaded(names)
         self._check_mergeable(names)
-        matrix = self.kind.matrix(base)
-        with torch.no_grad():
-            precise = torch.promote_types(matrix.dtype, torch.float32)
-            total = concatenate([self.folklora_updates[name].factors() for name in names]).dense()
-            merged = self.kind.layout(base, (matrix.to(precise) + total.to(precise)).to(matrix.dtype))
+        # together with those merged before, since corrections of the base do not add up
+        together = [*self.merged_adapters, *names]
+        merged, bias = self._merged_weight(together), self._merged_bias(together)
         if safe_merge and not torch.isfinite(merged).all():
             raise ValueError(f"merging {', '.join(names)} into layer '{self.name}' gives values that are not finite")
         if self._unmerged_weight is None:
-            self._unmerged_weight = base.weight
+            self._unmerged_weight, self._unmerged_bias = base.weight, getattr(base, "bias", None)
         base.weight = nn.Parameter(merged.contiguous(), requires_grad=False)
+        if bias is not None:
+            base.bias = nn.Parameter(bias, requires_grad=False)
         self.merged_adapters.extend(names)
+
+    @torch.no_grad()
+    def _merged_weight(self, names: list[str]) -> Tensor:
+        base, made = self.get_base_layer(), self._corrections_made(names)
+        present = base.weight
+        if self._unmerged_weight is not None:
+            base.weight = self._unmerged_weight
+        try:
+            matrix = self.kind.matrix(base)
+            precise = torch.promote_types(matrix.dtype, torch.float32)
+            parts = [_factors_of(self.folklora_updates[name], name not in made) for name in names]
+            total = concatenate(parts).dense()
+            return self.kind.layout(base, (matrix.to(precise) + total.to(precise)).to(matrix.dtype))
+        finally:
+            base.weight = present
+
+    @torch.no_grad()
+    def _merged_bias(self, names: list[str]) -> Tensor | None:
+        changes = [self.folklora_updates[name].bias_change for name in names]
+        changes = [change for change in changes if change is not None]
+        if not changes:
+            return None
+        own = self._unmerged_bias if self.merged_adapters else self.get_base_layer().bias
+        return (own.float() + sum(changes)).to(own.dtype)
 
     def unmerge(self) -> None:
         """Put the base's own weight back, bit for bit."""
         if self._unmerged_weight is None:
             return
-        self.get_base_layer().weight = self._unmerged_weight
-        self._unmerged_weight = None
+        base = self.get_base_layer()
+        base.weight = self._unmerged_weight
+        if self._unmerged_bias is not None:
+            base.bias = self._unmerged_bias
+        self._unmerged_weight = self._unmerged_bias = None
         self.merged_adapters.clear()
 
     def _check_mergeable(self, names: list[str]) -> None:
@@ -320,11 +385,19 @@ class FolkloraLayer(nn.Module, BaseTunerLayer):
                     "never loaded or were made for another base model's weights; load them with "
                     "PeftModel.from_pretrained, or start anew from dataclasses.replace(config)"
                 )
+            update = self.folklora_updates[name]
+            for key, value in self.derive(name, dict(update.named_parameters())).items():
+                owner, _, leaf = key.rpartition(".")
+                setattr(update.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
             self.waiting.discard(name)
 
     def extra_repr(self) -> str:
         """Which adapters the layer carries."""
         return ", ".join(f"{name}={type(update).__name__}" for name, update in self.folklora_updates.items())
+
+
+def _factors_of(update: Update, corrects: bool, *inputs: Tensor | None) -> Factors:
+    return update.factors(*inputs) if corrects else update.split(*inputs)[0]
 
 
 def layers_of(model: nn.Module) -> Iterator[FolkloraLayer]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -69,6 +70,7 @@ class FolkloraModel(BaseTuner):
         own = config.for_module(current_key)
         waiting = _awaits_values(config)
         trainable = adapter_name in self.active_adapters and not config.inference_mode
+        own = _with_chosen_rank(config, own, target, current_key, waiting)
         if isinstance(target, FolkloraLayer):
             target.add(adapter_name, own, waiting=waiting, trainable=trainable)
             return
@@ -207,12 +209,18 @@ class FolkloraModel(BaseTuner):
         kept = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         # PEFT leaves out what is named like another adapter: an adapter "B" would cost all others their B
         marker = f".folklora_updates.{adapter_name}."
+        derived = {
+            f"{path}{marker}{key}"
+            for path, layer in model.named_modules()
+            if isinstance(layer, FolkloraLayer) and adapter_name in layer.folklora_updates
+            for key in layer.folklora_updates[adapter_name].unsaved
+        }
         lost = {
             key: value.detach()
             for key, value in model.named_parameters()
             if set(key.partition(marker)[2].split(".")).intersection(unwanted_adapter_names)
         }
-        return {**lost, **kept}
+        return {key: value for key, value in {**lost, **kept}.items() if key not in derived}
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
@@ -228,8 +236,22 @@ class FolkloraModel(BaseTuner):
         cls, model: nn.Module, config: AdapterConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         renamed = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        check_saved_values(model, adapter_name, renamed)
-        return renamed
+        return check_saved_values(model, adapter_name, renamed)
+
+
+def _with_chosen_rank(
+    config: AdapterConfig, own: AdapterConfig, target: nn.Module, name: str, waiting: bool
+) -> AdapterConfig:
+    """The options for one layer with the rank that the method reads from its weight, which `config` notes down."""
+    if waiting or type(own).chosen_rank is AdapterConfig.chosen_rank:
+        return own
+    base = target.get_base_layer() if isinstance(target, FolkloraLayer) else target
+    rank = own.chosen_rank(kind_of(base, name).matrix(base))
+    if rank is None:
+        return own
+    # anchored: PEFT matches a key against the end of a name
+    config.rank_pattern = {f"^{re.escape(name)}": rank, **config.rank_pattern}
+    return replace(own, r=rank)
 
 
 def _name_rows(module: nn.Module, args: tuple, kwargs: dict, rows: list[str]) -> tuple[tuple, dict]:

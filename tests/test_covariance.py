@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from folklora import spectrum
+from folklora import covariance, spectrum
 
 EPS32 = torch.finfo(torch.float32).eps
 SHAPES = [(30, 18), (18, 30), (24, 24)]
@@ -40,7 +40,7 @@ def test_it_equals_the_decomposition_with_an_explicit_inverse(end: Any, shape: t
     M = damped(C)
     U, S, Vh = torch.linalg.svd(W @ M, full_matrices=False)
     places = chosen(end, 5)
-    found = spectrum.covariance_triplets(W, C, 5, end=end, dtype=torch.float64)
+    found = covariance.covariance_triplets(W, C, 5, end=end, dtype=torch.float64)
     torch.testing.assert_close(found.S, S[places], rtol=1e-8, atol=0)
     expected = (U[:, places] * S[places]) @ (Vh[places] @ torch.linalg.inv(M))
     torch.testing.assert_close(found.dense(), expected, rtol=0, atol=1e-8)
@@ -53,7 +53,7 @@ def test_it_equals_the_decomposition_with_an_explicit_inverse(end: Any, shape: t
 @pytest.mark.parametrize("end", ENDS)
 def test_u_is_orthonormal_and_v_is_so_only_through_the_covariance(end: Any, shape: tuple[int, int]) -> None:
     W, C = problem(*shape)
-    found = spectrum.covariance_triplets(W, C, 5, end=end, dtype=torch.float64)
+    found = covariance.covariance_triplets(W, C, 5, end=end, dtype=torch.float64)
     identity = torch.eye(5, dtype=torch.float64)
     torch.testing.assert_close(found.U.T @ found.U, identity, rtol=0, atol=1e-12)
     MV = damped(C) @ found.V
@@ -65,14 +65,14 @@ def test_u_is_orthonormal_and_v_is_so_only_through_the_covariance(end: Any, shap
 @pytest.mark.parametrize("end", ENDS)
 def test_all_of_them_rebuild_the_weight(end: Any, shape: tuple[int, int]) -> None:
     W, C = problem(*shape)
-    found = spectrum.covariance_triplets(W.float(), C.float(), min(shape), end=end)
+    found = covariance.covariance_triplets(W.float(), C.float(), min(shape), end=end)
     assert found.U.dtype == found.S.dtype == found.V.dtype == torch.float32
     assert (found.dense() - W).norm() <= 1e-4 * W.norm()
 
 
 def test_a_covariance_of_the_identity_gives_the_plain_triplets() -> None:
     W, _ = problem(18, 30)
-    found = spectrum.covariance_triplets(W, 3 * torch.eye(30), 4, damping=0.0, dtype=torch.float64)
+    found = covariance.covariance_triplets(W, 3 * torch.eye(30), 4, damping=0.0, dtype=torch.float64)
     plain = spectrum.top(W, 4, dtype=torch.float64)
     torch.testing.assert_close(found.S, 3 * plain.S)
     torch.testing.assert_close(found.dense(), plain.dense())
@@ -81,11 +81,11 @@ def test_a_covariance_of_the_identity_gives_the_plain_triplets() -> None:
 @pytest.mark.parametrize("end", ENDS)
 def test_the_factors_are_balanced_and_their_product_is_blind_to_the_covariances_scale(end: Any) -> None:
     W, C = problem(30, 18)
-    B, A = spectrum.covariance_factors(W, C, 4, 2.5, end=end, dtype=torch.float64)
-    found = spectrum.covariance_triplets(W, C, 4, end=end, dtype=torch.float64)
+    B, A = covariance.covariance_factors(W, C, 4, 2.5, end=end, dtype=torch.float64)
+    found = covariance.covariance_triplets(W, C, 4, end=end, dtype=torch.float64)
     torch.testing.assert_close(2.5 * B @ A, found.dense(), rtol=0, atol=1e-10)
     torch.testing.assert_close(B.T @ B, torch.diag(found.S / 2.5), rtol=0, atol=1e-10)
-    larger = spectrum.covariance_factors(W, 16 * C, 4, 2.5, end=end, dtype=torch.float64)
+    larger = covariance.covariance_factors(W, 16 * C, 4, 2.5, end=end, dtype=torch.float64)
     torch.testing.assert_close(larger[0], 4 * B, rtol=0, atol=1e-8)
     torch.testing.assert_close(larger[1], A / 4, rtol=0, atol=1e-8)
 
@@ -96,7 +96,7 @@ def test_the_square_root_loses_the_least_of_the_output() -> None:
     # the identity cannot be damped away exactly; a full-rank C needs no damping
     lost = {}
     for power in (0.5, 1.0):
-        kept = spectrum.covariance_triplets(W, C, 8, damping=0.0, power=power, dtype=torch.float64).dense()
+        kept = covariance.covariance_triplets(W, C, 8, damping=0.0, power=power, dtype=torch.float64).dense()
         lost[power] = ((W - kept) @ C @ (W - kept).T).trace().item()
     S = torch.linalg.svdvals(W @ torch.linalg.cholesky(C))
     assert lost[0.5] == pytest.approx(S[8:].square().sum().item(), rel=1e-8)
@@ -108,10 +108,10 @@ def test_singular_covariances_and_weights_give_finite_factors(end: Any) -> None:
     x = gaussian(3, 20, seed=5)
     W = gaussian(16, 6, seed=6) @ gaussian(6, 20, seed=7)
     for weight, C in ((gaussian(16, 20, seed=8), x.T @ x), (W, x.T @ x), (torch.zeros(16, 20), x.T @ x)):
-        B, A = spectrum.covariance_factors(weight, C, 8, end=end)
+        B, A = covariance.covariance_factors(weight, C, 8, end=end)
         assert B.isfinite().all()
         assert A.isfinite().all()
-        U = spectrum.covariance_triplets(weight, C, 8, end=end).U
+        U = covariance.covariance_triplets(weight, C, 8, end=end).U
         # each column is rounded to float32
         torch.testing.assert_close(U.T @ U, torch.eye(8), rtol=0, atol=8 * EPS32)
         projected = (U @ U.T).double() @ weight.double()
@@ -121,13 +121,13 @@ def test_singular_covariances_and_weights_give_finite_factors(end: Any) -> None:
 def test_what_does_not_fit_is_refused() -> None:
     W, C = problem(18, 30)
     with pytest.raises(ValueError, match=r"covariance has shape \[18, 18\]"):
-        spectrum.covariance_triplets(W, C[:18, :18], 4)
+        covariance.covariance_triplets(W, C[:18, :18], 4)
     with pytest.raises(ValueError, match="of one weight"):
-        spectrum.covariance_triplets(W.expand(2, 18, 30), C, 4)
+        covariance.covariance_triplets(W.expand(2, 18, 30), C, 4)
     for broken in (torch.zeros_like(C), C.index_fill(0, torch.tensor([2]), torch.nan)):
         with pytest.raises(ValueError, match="must be finite, with a positive mean"):
-            spectrum.covariance_triplets(W, broken, 4)
+            covariance.covariance_triplets(W, broken, 4)
     with pytest.raises(ValueError, match="count is 19"):
-        spectrum.covariance_triplets(W, C, 19)
+        covariance.covariance_triplets(W, C, 19)
     with pytest.raises(ValueError, match="scale is -1"):
-        spectrum.covariance_factors(W, C, 4, -1)
+        covariance.covariance_factors(W, C, 4, -1)
