@@ -56,6 +56,7 @@ COLUMNS = {
     "from PEFT's": ("gradient_from_peft", ".1e"),
     "start, s": ("start_seconds", ".1f"),
 }
+SHOWN = ("ratio", "step_ms", "with_adamw_ms", "base_ms", "activation_gib")
 
 
 @dataclass
@@ -273,7 +274,8 @@ def measure(bench: Bench, contender: Contender) -> dict[str, Any]:
         # time on a GPU is dear: what one contender does wrong must not cost the other rows
         row["failed"] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
         bench.problems.append(f"{contender.name}: {row['failed']}")
-    print(f"{contender.name}: {row.get('failed') or format(row['ratio'], '.3f')}", flush=True)
+    shown = row.get("failed") or " ".join(f"{key} {row[key]:.4g}" for key in SHOWN if key in row)
+    print(f"{contender.name}: {shown}", flush=True)
     return row
 
 

@@ -112,15 +112,15 @@ def concatenate(parts: Sequence[Factors]) -> Factors:
     """
     if len(parts) == 1:
         return parts[0]
+    A, B = torch.cat([part.A for part in parts]), torch.cat([part.B for part in parts], dim=1)
+    numbers = {part.s for part in parts if not isinstance(part.s, Tensor)}
+    if len(numbers) == 1 and not any(isinstance(part.s, Tensor) for part in parts):
+        return Factors(A, numbers.pop(), B)
     vectors = [part.vector() for part in parts]
     if any(part.gated for part in parts):
         leading = torch.broadcast_shapes(*(v.shape[:-1] for v in vectors))
         vectors = [v.expand(*leading, v.shape[-1]) for v in vectors]
-    return Factors(
-        torch.cat([part.A for part in parts]),
-        torch.cat(vectors, dim=-1),
-        torch.cat([part.B for part in parts], dim=1),
-    )
+    return Factors(A, torch.cat(vectors, dim=-1), B)
 
 
 def factored_linear(
