@@ -3,10 +3,11 @@
 import importlib
 from typing import Any
 
-from folklora.adapters import AdapterConfig, AMLoRA, KaSA, LoRA, PiSSA, Update
+from folklora.adapters import KIND, AdapterConfig, AMLoRA, KaSA, LoRA, PiSSA, SMoRA, Update
 from folklora.adapters.am_lora import add_task
 from folklora.adapters.host import steps as _steps
 from folklora.adapters.host import tuner as _tuner
+from folklora.adapters.host.call import classes
 from folklora.adapters.host.export import export_lora
 from folklora.adapters.host.steps import activation_penalty, penalty
 from folklora.factored import Factors, concatenate, factored_linear
@@ -29,6 +30,7 @@ _tuner.register()
 _steps.register()
 
 __all__ = [
+    "KIND",
     "AMLoRA",
     "AdapterConfig",
     "Example",
@@ -37,12 +39,14 @@ __all__ = [
     "LoRA",
     "PiSSA",
     "Run",
+    "SMoRA",
     "Task",
     "TrainSettings",
     "Update",
     "activation_penalty",
     "add_task",
     "check_method",
+    "classes",
     "concatenate",
     "export_lora",
     "factored_linear",

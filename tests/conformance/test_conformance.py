@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from folklora import AMLoRA, KaSA, LoRA, PiSSA, check, methods, tiny
+from folklora import KIND, AMLoRA, KaSA, LoRA, PiSSA, SMoRA, check, methods, tiny
 from folklora.adapters.lora import LoRAUpdate
 
 TARGETS = tiny.TARGETS
@@ -33,10 +33,26 @@ VARIANTS = {
     "kasa with dropout": KaSA(
         r=3, truncate=5, l3="paper", reduction="sum", rslora=True, dropout=0.3, target_modules="all-linear"
     ),
+    "kind with attached classes": KIND(
+        tailors=1, classes=[1, 0, 7], attached=2, dropout=0.3, target_modules=["embed_tokens", *TARGETS]
+    ),
+    "kind over the weight": KIND(
+        learngenes=3, tailors=2, classes=3, start="weight", orthogonality=0.01, target_modules="all-linear"
+    ),
     "lora on embedding and head": LoRA(
         r=3, dropout=0.3, target_modules=["embed_tokens", "lm_head", "o_proj"], rank_pattern={"o_proj": 5}
     ),
     "pissa with alpha": PiSSA(r=3, alpha=7, rslora=True, target_modules="all-linear", rank_pattern={"k_proj": 5}),
+    "smora in blocks": SMoRA(
+        r=12,
+        k=4,
+        p=2,
+        balance_rate=0.1,
+        bias_in_gate=False,
+        dropout=0.3,
+        rank_pattern={"v_proj": 6},
+        target_modules=TARGETS,
+    ),
 }
 
 

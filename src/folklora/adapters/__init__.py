@@ -3,7 +3,9 @@
 from folklora.adapters.am_lora import AMLoRA
 from folklora.adapters.base import AdapterConfig, Update
 from folklora.adapters.kasa import KaSA
+from folklora.adapters.kind import KIND
 from folklora.adapters.lora import LoRA
 from folklora.adapters.pissa import PiSSA
+from folklora.adapters.smora import SMoRA
 
-__all__ = ["AMLoRA", "AdapterConfig", "KaSA", "LoRA", "PiSSA", "Update"]
+__all__ = ["KIND", "AMLoRA", "AdapterConfig", "KaSA", "LoRA", "PiSSA", "SMoRA", "Update"]

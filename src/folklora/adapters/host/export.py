@@ -43,7 +43,7 @@ def export_lora(
     gated = next((update for _, update in pairs if update.gated), None)
     if gated is not None:
         raise ValueError(
-            f"adapter '{adapter_name}' has no plain LoRA form: its gates read each layer's input "
+            f"adapter '{adapter_name}' has no plain LoRA form: its gates read {gated.depends_on} "
             f"({type(gated).__name__}), and a LoRA is the same for every input"
         )
     tensors: dict[str, Tensor] = {}
