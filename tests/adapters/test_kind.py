@@ -9,7 +9,6 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import ViTConfig, ViTForImageClassification
 
 import folklora
 from folklora import KIND, LoRA, export_lora
@@ -312,55 +311,3 @@ def test_the_penalty_is_that_of_both_sides() -> None:
     expected = 0.5 * sum(float((g - torch.eye(R)).square().sum()) for g in gram)
     assert float(folklora.penalty(model)) == pytest.approx(expected, rel=1e-5)
     assert float(folklora.penalty(adapted())) == 0
-
-
-def vit() -> ViTForImageClassification:
-    torch.manual_seed(3)
-    config = ViTConfig(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        image_size=8,
-        patch_size=4,
-        num_labels=5,
-        initializer_range=0.2,
-    )
-    return ViTForImageClassification(config).eval()
-
-
-def images(labels: Tensor, seed: int) -> Tensor:
-    """Noise around one picture a class."""
-    pictures = torch.randn(5, 3, 8, 8, generator=torch.Generator().manual_seed(7))
-    return pictures[labels] + torch.randn(len(labels), 3, 8, 8, generator=torch.Generator().manual_seed(seed))
-
-
-@pytest.mark.parametrize("start", ["zero", "weight"])
-def test_a_real_vision_transformer_learns_and_is_cut_apart(start: str) -> None:
-    options = {"learngenes": 8, "tailors": 4, "classes": 5, "start": start, "modules_to_save": ["classifier"]}
-    # the patch projection is a convolution
-    model = get_peft_model(vit(), KIND(target_modules=["projection", "q_proj", "v_proj", "fc1"], **options))
-    assert len(list(updates_of(model, "default"))) == 7
-    model.train().gradient_checkpointing_enable({"use_reentrant": False})
-    optimizer = torch.optim.AdamW([value for value in model.parameters() if value.requires_grad], lr=0.01)
-    losses = []
-    for step in range(12):
-        labels = torch.arange(20) % 5
-        loss = model(pixel_values=images(labels, step), labels=labels, class_labels=labels).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(float(loss.detach()))
-    assert losses[-1] < losses[0] / 4
-    model.eval()
-    labels = torch.tensor([3, 0, 4, 3])
-    x = images(labels, 50)
-    mixed = model(pixel_values=x, class_labels=labels).logits
-    for row, label in enumerate(labels.tolist()):
-        one = model(pixel_values=x[row : row + 1], class_labels=[label]).logits[0]
-        torch.testing.assert_close(one, mixed[row], rtol=1e-4, atol=1e-4)
-    extract(model, 3, into="three")
-    model.set_adapter("three")
-    torch.testing.assert_close(model(pixel_values=x).logits[::3], mixed[::3], rtol=1e-4, atol=1e-3)
-    merged = model.merge_and_unload()
-    torch.testing.assert_close(merged(pixel_values=x).logits[::3], mixed[::3], rtol=1e-4, atol=1e-3)

@@ -1,20 +1,13 @@
-"""SMoRA: routing, gates and the balance of the ranks, against the formula written out.
-
-Run as a script (torchrun --nproc_per_node=2 test_smora.py RESULTS) this file is one of two processes.
-"""
+"""SMoRA: routing, gates and the balance of the ranks, against the formula written out."""
 
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -351,32 +344,3 @@ def test_more_ranks_than_the_weight_has_may_exist_but_not_be_open() -> None:
     assert adapted(r=40, k=3)(inputs()).shape == (ROWS, POSITIONS, OUT)
     with pytest.raises(ValueError, match="k = 13 open ranks are above 12, the rank of layer 'q'"):
         adapted(r=40, k=13)
-
-
-def test_two_processes_share_one_load(tmp_path: Path) -> None:
-    if not dist.is_available() or not dist.is_gloo_available():
-        pytest.skip("this PyTorch has no gloo")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    ended = subprocess.run(
-        [*launch, str(tmp_path)], capture_output=True, text=True, timeout=300, env=environment, check=False
-    )
-    assert ended.returncode == 0, ended.stderr[-4000:]
-    moves = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
-    _, update = the_layer(adapted())
-    together = expected_move(update, inputs(0), inputs(1))
-    assert not torch.equal(expected_move(update, inputs(0)), together)
-    assert torch.equal(moves[0], together)
-    assert torch.equal(moves[1], together)
-
-
-def _main(folder: Path) -> None:
-    dist.init_process_group("gloo")
-    rank, model = dist.get_rank(), adapted().train()
-    wrapped = nn.parallel.DistributedDataParallel(model)
-    torch.save(step(wrapped, inputs(rank)), folder / f"{rank}.pt")
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    _main(Path(sys.argv[1]))
