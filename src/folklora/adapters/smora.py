@@ -172,7 +172,7 @@ class SMoRAUpdate(Update):
     def _count(self, chosen: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:
         """How many tokens chose each block, [r/p]."""
         known = mask is not None and mask.shape == x.shape[:-1]
-        tokens = mask.to(torch.int64) if known else torch.ones_like(chosen[..., 0])
+        tokens = (mask != 0).to(torch.int64) if known else torch.ones_like(chosen[..., 0])
         counts = torch.zeros(self.config.blocks, dtype=torch.int64, device=x.device)
         return counts.scatter_add(0, chosen.flatten(), tokens.unsqueeze(-1).expand_as(chosen).flatten())
 

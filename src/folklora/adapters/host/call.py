@@ -42,7 +42,10 @@ def classes(model: nn.Module, labels: Tensor | Sequence[int]) -> Iterator[None]:
     layer = next(layers_of(model), None)
     if tuner is None or layer is None:
         raise ValueError("this model carries no Folklora adapter, so nothing in it reads classes")
-    gates = class_gates(tuner.peft_config, torch.as_tensor(labels, device=layer.get_base_layer().weight.device))
+    device = layer.get_base_layer().weight.device
+    # offloaded weights wait on the meta device
+    device = None if device.type == "meta" else device
+    gates = class_gates(tuner.peft_config, torch.as_tensor(labels, device=device))
     if not gates:
         raise ValueError(f"no adapter of this model reads classes; it carries {', '.join(tuner.peft_config)}")
     context = layer.context
@@ -86,7 +89,7 @@ class CallStart:
         labels = kwargs.get(KEYWORD)
         if labels is None:
             return args, kwargs
-        device = next(module.parameters()).device
+        device = next((value.device for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
         gates = class_gates(self.configs, torch.as_tensor(labels, device=device))
         if not gates:
             return args, kwargs
