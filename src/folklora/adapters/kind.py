@@ -65,7 +65,8 @@ class KIND(AdapterConfig):
 
     Source: Xie et al., "KIND: Knowledge Integration and Diversion for Training Decomposable Models", ICML 2025,
     arXiv 2408.07337; soft gate: "DivControl", AAAI 2026, arXiv 2507.23620. No code is public. The decomposition and
-    the gate are the papers'; their sizes (N_G, t), the start values, `keep_variance` and `orthogonality` are ours.
+    a class gate are the papers'; that it opens a fixed group of tailors for each class is our reading; the sizes
+    (N_G, t), the start values, `keep_variance` and `orthogonality` are ours.
 
     When to choose:
         Labelled classes share a part and differ in another, and later only some are deployed, or new ones come: the
