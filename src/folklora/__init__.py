@@ -4,6 +4,7 @@ import importlib
 from typing import Any
 
 from folklora.adapters import (
+    KIND,
     SALT,
     SORSA,
     AdapterConfig,
@@ -14,6 +15,7 @@ from folklora.adapters import (
     LoRASB,
     LoRAXS,
     PiSSA,
+    SMoRA,
     SoMA,
     SVFit,
     Update,
@@ -22,6 +24,7 @@ from folklora.adapters.am_lora import add_task
 from folklora.adapters.calibrate import calibrate
 from folklora.adapters.host import steps as _steps
 from folklora.adapters.host import tuner as _tuner
+from folklora.adapters.host.call import classes
 from folklora.adapters.host.export import export_lora
 from folklora.adapters.host.steps import activation_penalty, penalty
 from folklora.adapters.schedules import anneal_weight_decay, cosine_weight_decay, early_blocks
@@ -46,6 +49,7 @@ _tuner.register()
 _steps.register()
 
 __all__ = [
+    "KIND",
     "SALT",
     "SORSA",
     "AMLoRA",
@@ -59,6 +63,7 @@ __all__ = [
     "LoRAXS",
     "PiSSA",
     "Run",
+    "SMoRA",
     "SVFit",
     "SoMA",
     "Statistics",
@@ -70,6 +75,7 @@ __all__ = [
     "anneal_weight_decay",
     "calibrate",
     "check_method",
+    "classes",
     "concatenate",
     "cosine_weight_decay",
     "early_blocks",

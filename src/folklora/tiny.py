@@ -23,6 +23,7 @@ from folklora.adapters.host.steps import activation_penalty
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 ROWS, POSITIONS, VOCABULARY = 4, 6, 61
+CLASSES = [0, 1, 0, -1]
 _DECOMPOSITIONS = ("eig", "svd", "qr", "geqrf", "cholesky", "lu_factor", "inv_ex", "lstsq", "solve_ex")
 
 
@@ -133,17 +134,25 @@ def moved(model: PeftModel, adapter_name: str = "default") -> PeftModel:
     return model
 
 
-def batch() -> dict[str, Tensor]:
-    """Four rows of tokens; the last ends in two positions of padding."""
+def batch(model: nn.Module | None = None) -> dict[str, Tensor]:
+    """Four rows of tokens, the last with two positions of padding; and classes, if the model's adapters read them."""
     tokens = torch.randint(VOCABULARY, (ROWS, POSITIONS), generator=torch.Generator().manual_seed(19))
     mask = torch.ones_like(tokens)
     mask[-1, -2:] = 0
-    return {"input_ids": tokens, "attention_mask": mask}
+    inputs = {"input_ids": tokens, "attention_mask": mask}
+    if model is not None and reads_classes(model):
+        inputs["class_labels"] = torch.tensor(CLASSES)
+    return inputs
 
 
-def labelled_batch() -> dict[str, Tensor]:
-    """`batch()` with its tokens as labels, padding left out."""
-    inputs = batch()
+def reads_classes(model: nn.Module) -> bool:
+    """Whether an update on the model needs the classes of a batch's rows."""
+    return any(update.reads_classes for layer in layers_of(model) for update in layer.folklora_updates.values())
+
+
+def labelled_batch(model: nn.Module | None = None) -> dict[str, Tensor]:
+    """`batch(model)` with its tokens as labels, padding left out."""
+    inputs = batch(model)
     return {**inputs, "labels": inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)}
 
 
@@ -151,14 +160,14 @@ def logits(model: nn.Module) -> Tensor:
     """The model's logits on `batch()` in evaluation mode; its own mode is restored."""
     training = model.training
     with torch.no_grad():
-        result = model.eval()(**batch()).logits
+        result = model.eval()(**batch(model)).logits
     model.train(training)
     return result
 
 
 def loss(model: nn.Module, call: Any = None) -> Tensor:
     """The language-modelling loss on `batch()` with the method's activation penalty; `call` computes it."""
-    value = (model if call is None else call)(**labelled_batch()).loss
+    value = (model if call is None else call)(**labelled_batch(model)).loss
     extra = activation_penalty(model)
     return value if extra is None else value + extra
 
@@ -264,8 +273,12 @@ def trainer_step(
             logging_strategy="no",
             disable_tqdm=True,
             dataloader_pin_memory=False,
+            remove_unused_columns=False,
         )
-        trainer = Trainer(model, arguments, train_dataset=[{"input_ids": row, "labels": row} for row in rows])
+        examples = [{"input_ids": row, "labels": row} for row in rows]
+        if reads_classes(model):
+            examples = [{**example, "class_labels": CLASSES[i % ROWS]} for i, example in enumerate(examples)]
+        trainer = Trainer(model, arguments, train_dataset=examples)
         trainer.remove_callback(PrinterCallback)
         trainer.train()
     return model

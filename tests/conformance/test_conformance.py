@@ -7,7 +7,23 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from folklora import SALT, SORSA, AMLoRA, CorDA, KaSA, LoRA, LoRASB, LoRAXS, PiSSA, SVFit, check, methods, tiny
+from folklora import (
+    KIND,
+    SALT,
+    SORSA,
+    AMLoRA,
+    CorDA,
+    KaSA,
+    LoRA,
+    LoRASB,
+    LoRAXS,
+    PiSSA,
+    SMoRA,
+    SVFit,
+    check,
+    methods,
+    tiny,
+)
 from folklora.adapters.lora import LoRAUpdate
 
 TARGETS = tiny.TARGETS
@@ -41,6 +57,12 @@ VARIANTS = {
         dropout=0.3,
         target_modules="all-linear",
     ),
+    "kind with attached classes": KIND(
+        tailors=1, classes=[1, 0, 7], attached=2, dropout=0.3, target_modules=["embed_tokens", *TARGETS]
+    ),
+    "kind over the weight": KIND(
+        learngenes=3, tailors=2, classes=3, start="weight", orthogonality=0.01, target_modules="all-linear"
+    ),
     "lora on embedding and head": LoRA(
         r=3, dropout=0.3, target_modules=["embed_tokens", "lm_head", "o_proj"], rank_pattern={"o_proj": 5}
     ),
@@ -58,6 +80,16 @@ VARIANTS = {
     "pissa with alpha": PiSSA(r=3, alpha=7, rslora=True, target_modules="all-linear", rank_pattern={"k_proj": 5}),
     "salt without relu": SALT(r=3, top=4, relu="none", penalty_weight=0.1, save_vectors=True, target_modules=TARGETS),
     "salt with a positive diagonal": SALT(r=3, top_ratio=0.5, relu="diag", target_modules="all-linear"),
+    "smora in blocks": SMoRA(
+        r=12,
+        k=4,
+        p=2,
+        balance_rate=0.1,
+        bias_in_gate=False,
+        dropout=0.3,
+        rank_pattern={"v_proj": 6},
+        target_modules=TARGETS,
+    ),
     "sorsa with dropout": SORSA(
         r=3, alpha=7, dropout=0.3, peak_learning_rate=0.03, reduction="sum", target_modules="all-linear"
     ),

@@ -4,16 +4,19 @@ from folklora.adapters.am_lora import AMLoRA
 from folklora.adapters.base import AdapterConfig, Update
 from folklora.adapters.corda import CorDA
 from folklora.adapters.kasa import KaSA
+from folklora.adapters.kind import KIND
 from folklora.adapters.lora import LoRA
 from folklora.adapters.lora_sb import LoRASB
 from folklora.adapters.lora_xs import LoRAXS
 from folklora.adapters.pissa import PiSSA
 from folklora.adapters.salt import SALT
+from folklora.adapters.smora import SMoRA
 from folklora.adapters.soma import SoMA
 from folklora.adapters.sorsa import SORSA
 from folklora.adapters.svfit import SVFit
 
 __all__ = [
+    "KIND",
     "SALT",
     "SORSA",
     "AMLoRA",
@@ -24,6 +27,7 @@ __all__ = [
     "LoRASB",
     "LoRAXS",
     "PiSSA",
+    "SMoRA",
     "SVFit",
     "SoMA",
     "Update",

@@ -36,8 +36,15 @@ class Update(nn.Module):
 
     frozen: ClassVar[frozenset[str]] = frozenset()
     """Names of the parameters that are never trained."""
+    stepped: ClassVar[frozenset[str]] = frozenset()
+    """Those of the frozen ones that `after_step` changes."""
     gated: ClassVar[bool] = False
     """Whether `factors` depends on the layer's input; such an update cannot be merged or exported."""
+    depends_on: ClassVar[str] = "each layer's input"
+    """What the factors of a gated update depend on, in words for messages."""
+    reads_classes: ClassVar[bool] = False
+    """Whether `factors` of a gated update takes a third argument, what `class_gate` makes of the classes of the rows,
+    [batch, 1, ..., n]."""
     starts_at_base: bool = True
     """Whether the first step sees the base model's output; False where a method changes it by design."""
     needs_full_sequence: bool = False
@@ -66,9 +73,9 @@ class Update(nn.Module):
     """Whether `penalty` is one function of the trained parameters (and of `penalty_reads`) in all layers of an adapter,
     made of operations that `torch.func.vmap` can batch: then layers of one shape are computed together."""
 
-    def split(self, x: Tensor | None = None, mask: Tensor | None = None) -> tuple[Factors, Factors | None]:
+    def split(self, *inputs: Tensor | None) -> tuple[Factors, Factors | None]:
         """`factors` in two parts: what reads the dropped-out input, and what takes the input as it is."""
-        return self.factors(x, mask), None
+        return self.factors(*inputs), None
 
     unsaved: frozenset[str] = frozenset()
     """Names of frozen parameters that a saved file leaves out, because `derive` makes them again from the base."""
@@ -223,6 +230,17 @@ class AdapterConfig(PeftConfig):
     def empty(self, shape: tuple[int, int]) -> Update:
         """An update of the same shapes with no decomposition done, to be filled with saved values."""
         raise NotImplementedError
+
+    def class_gate(self, labels: Tensor) -> Tensor | None:
+        """What the classes of a batch's rows, [rows] or as weights [rows, classes], mean to this method's updates.
+
+        Returns:
+            [rows, n], handed to `factors` of the updates; None if the method reads no classes.
+
+        Raises:
+            ValueError: A class that the adapter does not know.
+        """
+        return None
 
     def check(self, shape: tuple[int, int], name: str) -> list[str]:
         """What speaks against these options on the layer `name` with a weight of `shape`; nothing if empty."""

@@ -20,9 +20,9 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor
 
 import folklora
-from folklora import KaSA, LoRA, methods, tiny
+from folklora import KaSA, LoRA, SMoRA, methods, tiny
 from folklora.adapters.base import AdapterConfig
-from folklora.adapters.host.layer import layers_of
+from folklora.adapters.host.layer import layers_of, updates_of
 from folklora.adapters.lora import LoRAUpdate
 
 PENALISED = KaSA(r=4, target_modules=tiny.TARGETS, beta=0.05, gamma=0.02)
@@ -81,9 +81,20 @@ def two_steps(config: AdapterConfig, shard: Callable[[PeftModel], None] | None =
     return trained_values(model)
 
 
+def balances(rows: Tensor) -> list[Tensor]:
+    """How SMoRA's balances moved in a step that saw these rows, by layer."""
+    model = tiny.adapted(SMoRA(r=8, k=3, balance_rate=1.0, target_modules=tiny.TARGETS)).train()
+    model(input_ids=rows, labels=rows).loss.backward()
+    torch.optim.SGD([value for value in model.parameters() if value.requires_grad], lr=0.0).step()
+    return [update.balance.detach() for _, update in updates_of(model, "default")]
+
+
 def sharded_methods() -> dict[str, AdapterConfig]:
     """Every installed method, one with penalties that count, and one with work after each step."""
-    every = {method.name: method.factory(r=4, target_modules=tiny.TARGETS) for method in methods("adapters")}
+    every = {
+        method.name: method.factory(target_modules=tiny.TARGETS, **({"r": 4} if hasattr(method.factory, "r") else {}))
+        for method in methods("adapters")
+    }
     return {**every, "penalised": PENALISED, "normed": Normed(r=4, target_modules=tiny.TARGETS)}
 
 
@@ -162,6 +173,14 @@ def test_after_step_runs_once_a_step(pair: dict[str, Any], accumulation: int) ->
         assert float(layer.folklora_updates["default"].A.norm()) == pytest.approx(1)
 
 
+def test_the_load_of_smoras_ranks_is_that_of_all_processes(pair: dict[str, Any]) -> None:
+    rows = tiny.batch()["input_ids"]
+    together, half = balances(rows), balances(rows[:2])
+    assert not all(torch.equal(*both) for both in zip(half, together, strict=True))
+    for found in pair["balances"]:
+        assert all(torch.equal(*both) for both in zip(found, together, strict=True))
+
+
 @pytest.mark.parametrize("name", sharded_methods())
 def test_sharded_by_fsdp2_a_method_trains_as_whole(pair: dict[str, Any], name: str) -> None:
     sharded = pair[f"sharded {name}"]
@@ -232,6 +251,9 @@ def _main(results: Path) -> None:
             found[f"trainer {accumulation} {penalised}"] = trained_values(model)
         model = tiny.trainer_step(Normed(r=4, target_modules=tiny.TARGETS), accumulation, rows=same_rows(2))
         found[f"calls {accumulation}"] = calls_by_layer(model)
+    half = tiny.batch()["input_ids"].chunk(2)[dist.get_rank()]
+    dist.all_gather_object(balanced := [None, None], balances(half))
+    found["balances"] = balanced
     for name, config in sharded_methods().items():
         try:
             found[f"sharded {name}"] = two_steps(config, _fully_shard)

@@ -39,11 +39,15 @@ class CallContext:
         rows: The adapter of each row of the batch ("__base__" for none), or None where all rows share the active ones.
         masks: Attention masks [batch, positions] of this call, a decoder's own before its encoder's.
         before: How many positions a cache holds that come before this call's.
+        classes: For each adapter that reads classes, its gate [rows, classes], or why it cannot read those given.
+        classes_in_block: The same, of the block of `folklora.classes` that is open; it holds for several calls.
     """
 
     rows: list[str] | None = None
     masks: tuple[Tensor, ...] = ()
     before: int = 0
+    classes: dict[str, Tensor | ValueError] | None = None
+    classes_in_block: dict[str, Tensor | ValueError] | None = None
 
     def mask_for(self, x: Tensor) -> Tensor | None:
         """The mask of the very positions of an input [batch, positions, width], if it is known."""
@@ -223,12 +227,34 @@ class FolkloraLayer(nn.Module, BaseTunerLayer):
         names = self.active_adapters if self.context.rows is None else sorted(set(self.context.rows))
         return [name for name in names if name in self.folklora_updates]
 
-    def _inputs(self, name: str, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def _inputs(self, name: str, x: Tensor) -> tuple[Tensor | None, ...]:
         update = self.folklora_updates[name]
         if not update.gated:
             return None, None
         update.before = self.context.before
-        return x, self.context.mask_for(x)
+        if update.reads_classes:
+            return x, self._mask(name, x), self._class_gate(name, x)
+        return x, self._mask(name, x)
+
+    def _mask(self, name: str, x: Tensor) -> Tensor | None:
+        """1 for the real tokens of the adapter's own rows."""
+        mask, gate = self.context.mask_for(x), self._row_gate(name, x)
+        if gate is None or x.dim() < 2 or not x.is_floating_point():
+            return mask
+        own = gate.squeeze(-1).expand(x.shape[:-1])
+        return own if mask is None else own * mask
+
+    def _class_gate(self, name: str, x: Tensor) -> Tensor:
+        gate = (self.context.classes or {}).get(name)
+        if gate is None:
+            raise ValueError(
+                f"adapter {name} on layer '{self.name}' needs the class of each row of the batch: call the model with "
+                "class_labels=[...] or within folklora.classes(model, [...]) (which must still be open in the backward "
+                "pass where torch.utils.checkpoint is called by hand)"
+            )
+        if isinstance(gate, ValueError):
+            raise ValueError(f"adapter {name}: {gate}")
+        return self._by_row("class_labels", gate.to(x.device), x)
 
     def _corrections_made(self, names: list[str]) -> set[str]:
         """Adapters whose correction of the base another one's contains; taken out twice, it would change its sign."""
@@ -249,16 +275,21 @@ class FolkloraLayer(nn.Module, BaseTunerLayer):
         rows = self.context.rows
         if rows is None:
             return None
-        if x.shape[0] % len(rows):
+        dtype = x.dtype if x.is_floating_point() else self.base_layer.weight.dtype
+        own = torch.tensor([[row == name] for row in rows], device=x.device)
+        return self._by_row("adapter_names", own.to(dtype), x)
+
+    def _by_row(self, what: str, values: Tensor, x: Tensor) -> Tensor:
+        """Values [rows, n] of the rows of a call as [batch, 1, ..., n], which broadcasts over their positions."""
+        if x.shape[0] % len(values):
             raise ValueError(
-                f"adapter_names has {len(rows)} entries, and the batch of {x.shape[0]} rows that layer '{self.name}' "
+                f"{what} has {len(values)} entries, and the batch of {x.shape[0]} rows that layer '{self.name}' "
                 "sees is no multiple of that"
             )
-        dtype = x.dtype if x.is_floating_point() else self.base_layer.weight.dtype
-        gate = torch.tensor([row == name for row in rows], device=x.device).to(dtype)
         # beams, and tokens that a router flattened, stand in equal runs of their row
-        gate = gate.repeat_interleave(x.shape[0] // len(rows))
-        return gate.view(-1, *([1] * (x.dim() - 1 if x.is_floating_point() else x.dim())))
+        values = values.repeat_interleave(x.shape[0] // len(values), dim=0)
+        positions = x.dim() - 2 if x.is_floating_point() else x.dim() - 1
+        return values.view(len(values), *([1] * positions), values.shape[-1])
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Replace the weight by W + ΔW in a new tensor; the base's own tensor is kept aside untouched.
@@ -324,8 +355,8 @@ class FolkloraLayer(nn.Module, BaseTunerLayer):
         gated = [name for name in names if self.folklora_updates[name].gated]
         if gated:
             raise ValueError(
-                f"adapter {', '.join(gated)} cannot be merged into layer '{self.name}': its update depends on the "
-                "layer's input, so no single weight equals it"
+                f"adapter {', '.join(gated)} cannot be merged into layer '{self.name}': its update depends on "
+                f"{self.folklora_updates[gated[0]].depends_on}, so no single weight equals it"
             )
         if parametrize.is_parametrized(self.get_base_layer(), "weight"):
             raise ValueError(

@@ -1,11 +1,14 @@
-"""Checks on saved adapter values before they are put into a model."""
+"""Adapter values that come from elsewhere: checks on saved ones, and adapters made from another one's."""
 
 from __future__ import annotations
 
 import torch
+from peft import PeftModel
+from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from folklora.adapters.host.layer import FolkloraLayer
+from folklora.adapters.base import AdapterConfig
+from folklora.adapters.host.layer import FolkloraLayer, updates_of
 
 _PREFIX = "base_model.model."
 
@@ -56,6 +59,30 @@ def check_saved_values(model: nn.Module, adapter_name: str, values: dict[str, Te
 def _derived(layer: FolkloraLayer, adapter_name: str, prefix: str, values: dict[str, Tensor]) -> dict[str, Tensor]:
     own = {key.removeprefix(prefix): value for key, value in values.items() if key.startswith(prefix)}
     return {prefix + key: value for key, value in layer.derive(adapter_name, own).items()}
+
+
+@torch.no_grad()
+def add_with_values(
+    model: PeftModel, name: str, config: AdapterConfig, values: dict[str, dict[str, Tensor]], source: str
+) -> None:
+    """Add an adapter whose values are computed from those of another one on the same model; nothing is decomposed.
+
+    Args:
+        model: The model that carries the other one.
+        name: The new adapter's name.
+        config: The new adapter's options; its layers have to be the other one's.
+        values: The parameters of its update on each layer, by the layer's name.
+        source: The other one, whose trained modules (`modules_to_save`) are copied.
+    """
+    config.restoring = True
+    model.add_adapter(name, config)
+    for layer, update in updates_of(model, name):
+        known = {**values[layer.name], "base_sample": layer.folklora_updates[source].base_sample}
+        for key, parameter in update.named_parameters():
+            parameter.copy_(known[key])
+    for module in model.modules():
+        if isinstance(module, ModulesToSaveWrapper) and name in module.modules_to_save:
+            module.modules_to_save[name].load_state_dict(module.modules_to_save[source].state_dict())
 
 
 def _layer_problems(layer: FolkloraLayer, adapter_name: str, prefix: str, values: dict[str, Tensor]) -> list[str]:

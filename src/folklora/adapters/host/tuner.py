@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from folklora.adapters.base import PEFT_TYPE, AdapterConfig
+from folklora.adapters.host.call import CallEnd, CallStart, forget_in_checkpoints
 from folklora.adapters.host.kinds import LINEAR, TRANSPOSED, kind_of
 from folklora.adapters.host.layer import CallContext, FolkloraLayer, layers_of
 from folklora.adapters.host.saved import check_saved_values
@@ -86,6 +87,9 @@ class FolkloraModel(BaseTuner):
         if getattr(self, "_own_context", None) is None:
             self._own_context = CallContext()
             read_masks(self.model, self._own_context)
+            start = CallStart(self._own_context, self.peft_config, self.model)
+            self.model.register_forward_pre_hook(start, with_kwargs=True)
+            self.model.register_forward_hook(CallEnd(self._own_context), always_call=True)
         return self._own_context
 
     @classmethod
@@ -137,10 +141,14 @@ class FolkloraModel(BaseTuner):
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
         model = super()._unload_and_optionally_merge(*args, **kwargs)
-        for part in _called_with_masks(model):
+        forget_in_checkpoints(model)
+        for part in {model, *_called_with_masks(model)}:
             for key, hook in list(part._forward_pre_hooks.items()):
-                if isinstance(hook, _MaskReader):
+                if isinstance(hook, (_MaskReader, CallStart)):
                     del part._forward_pre_hooks[key], part._forward_pre_hooks_with_kwargs[key]
+            for key, hook in list(part._forward_hooks.items()):
+                if isinstance(hook, CallEnd):
+                    del part._forward_hooks[key], part._forward_hooks_always_called[key]
         return model
 
     def _check_merge_allowed(self) -> None:
