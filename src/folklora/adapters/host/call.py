@@ -1,20 +1,95 @@
-"""What a call says about the rows of its batch, and how passes that are computed again for a gradient hear it."""
+"""What a call of a model tells its layers, and how passes that are computed again for a gradient hear it."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from folklora.adapters.base import AdapterConfig
-from folklora.adapters.host.layer import CallContext, layers_of
 
 KEYWORD = "class_labels"
+_MASKS = ("decoder_attention_mask", "attention_mask", "encoder_attention_mask")
+
+
+@dataclass
+class CallContext:
+    """What a forward pass tells the layers of one model.
+
+    Args:
+        rows: The adapter of each row of the batch ("__base__" for none), or None where all rows share the active ones.
+        masks: Attention masks [batch, positions] of this call, a decoder's own before its encoder's.
+        before: How many positions a cache holds that come before this call's.
+        classes: For each adapter that reads classes, its gate [rows, classes], or why it cannot read those given.
+        classes_in_block: The same, of the block of `folklora.classes` that is open; it holds for several calls.
+    """
+
+    rows: list[str] | None = None
+    masks: tuple[Tensor, ...] = ()
+    before: int = 0
+    classes: dict[str, Tensor | ValueError] | None = None
+    classes_in_block: dict[str, Tensor | ValueError] | None = None
+
+    def mask_for(self, x: Tensor) -> Tensor | None:
+        """The mask of the very positions of an input [batch, positions, width], if it is known."""
+        return next((mask for mask in self.masks if mask.shape == x.shape[:-1]), None)
+
+    def own_rows(self, adapter: str, x: Tensor, layer: str) -> Tensor | None:
+        """1 for the rows of an input x of a layer that are the adapter's, [batch, 1, ..., 1]; None where all are."""
+        if self.rows is None:
+            return None
+        own = torch.tensor([[row == adapter] for row in self.rows], device=x.device)
+        own = own.to(x.dtype if x.is_floating_point() else torch.float32)
+        return by_row("adapter_names", own, x, layer)
+
+    def own_mask(self, adapter: str, x: Tensor, layer: str) -> Tensor | None:
+        """1 for the real tokens of the adapter's own rows."""
+        mask, own = self.mask_for(x), self.own_rows(adapter, x, layer)
+        if own is None or x.dim() < 2 or not x.is_floating_point():
+            return mask
+        own = own.squeeze(-1).expand(x.shape[:-1])
+        return own if mask is None else own * mask
+
+    def class_gate(self, adapter: str, x: Tensor, layer: str) -> Tensor:
+        """What `AdapterConfig.class_gate` of an adapter made of the classes of the rows of x, [batch, 1, ..., n].
+
+        Raises:
+            ValueError: Nobody named the classes, or the adapter does not know them.
+        """
+        gate = (self.classes or {}).get(adapter)
+        if gate is None:
+            raise ValueError(
+                f"adapter {adapter} on layer '{layer}' needs the class of each row of the batch: call the model with "
+                "class_labels=[...] or within folklora.classes(model, [...]) (which must still be open in the backward "
+                "pass where torch.utils.checkpoint is called by hand)"
+            )
+        if isinstance(gate, ValueError):
+            raise ValueError(f"adapter {adapter}: {gate}")
+        return by_row(KEYWORD, gate.to(x.device), x, layer)
+
+
+def by_row(what: str, values: Tensor, x: Tensor, layer: str) -> Tensor:
+    """Values [rows, n] of the rows of a call as [batch, 1, ..., n], which broadcasts over the positions of x.
+
+    Raises:
+        ValueError: The input x of the layer has no whole number of rows for each of them; `what` names the values.
+    """
+    if x.shape[0] % len(values):
+        raise ValueError(
+            f"{what} has {len(values)} entries, and the batch of {x.shape[0]} rows that layer '{layer}' "
+            "sees is no multiple of that"
+        )
+    # beams, and tokens that a router flattened, stand in equal runs of their row
+    values = values.repeat_interleave(x.shape[0] // len(values), dim=0)
+    positions = x.dim() - 2 if x.is_floating_point() else x.dim() - 1
+    return values.view(len(values), *([1] * positions), values.shape[-1])
 
 
 @contextmanager
@@ -36,6 +111,7 @@ def classes(model: nn.Module, labels: Tensor | Sequence[int]) -> Iterator[None]:
             its adapter does not know.
     """
     # the tuner knows the adapters, and imports this module
+    from folklora.adapters.host.layer import layers_of
     from folklora.adapters.host.tuner import FolkloraModel
 
     tuner = next((module for module in model.modules() if isinstance(module, FolkloraModel)), None)
@@ -71,7 +147,61 @@ def class_gates(configs: dict[str, AdapterConfig], labels: Tensor) -> dict[str, 
     return gates
 
 
-class CallStart:
+class _MaskReader:
+    """Notes the attention masks of a call for the layers; a class, so that models can be pickled and copied."""
+
+    def __init__(self, context: CallContext) -> None:
+        self.context = context
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        masks = (kwargs.get(name) for name in _MASKS)
+        self.context.masks = tuple(m for m in masks if isinstance(m, Tensor) and m.dim() == 2)
+        cache = kwargs.get("past_key_values")
+        self.context.before = 0 if cache is None else int(cache.get_seq_length())
+
+
+def read_masks(model: nn.Module, context: CallContext) -> list[RemovableHandle]:
+    """Let a context know the attention masks of every call of a model, from now on."""
+    reader = _MaskReader(context)
+    return [part.register_forward_pre_hook(reader, with_kwargs=True) for part in _called_with_masks(model)]
+
+
+def _called_with_masks(model: nn.Module) -> list[nn.Module]:
+    # generation calls the encoder by itself; and each half reads masks of its own
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return [model.get_encoder(), model.get_decoder()]
+    return [model]
+
+
+def listen(model: nn.Module, context: CallContext, configs: dict[str, AdapterConfig]) -> None:
+    """Let a context know what every call of a model says, from now on.
+
+    Args:
+        model: The base model.
+        context: Where it is noted.
+        configs: The options of the adapters on the model, by name, now and later.
+    """
+    read_masks(model, context)
+    model.register_forward_pre_hook(_CallStart(context, configs, model), with_kwargs=True)
+    model.register_forward_hook(_CallEnd(context), always_call=True)
+
+
+def stop_listening(model: nn.Module) -> None:
+    """Take all that `listen` put on a model away, and give checkpointed parts their own function back."""
+    for part in {model, *_called_with_masks(model)}:
+        for key, hook in list(part._forward_pre_hooks.items()):
+            if isinstance(hook, (_MaskReader, _CallStart)):
+                del part._forward_pre_hooks[key], part._forward_pre_hooks_with_kwargs[key]
+        for key, hook in list(part._forward_hooks.items()):
+            if isinstance(hook, _CallEnd):
+                del part._forward_hooks[key], part._forward_hooks_always_called[key]
+    for module in model.modules():
+        checkpoint = vars(module).get("_gradient_checkpointing_func")
+        if isinstance(checkpoint, _Remembering):
+            module._gradient_checkpointing_func = checkpoint.checkpoint
+
+
+class _CallStart:
     """Before a call of the base model: take its classes, let checkpointed parts remember what they were told.
 
     A class, so that models can be pickled and copied.
@@ -102,7 +232,7 @@ class CallStart:
         return args, {key: value for key, value in kwargs.items() if key != KEYWORD}
 
 
-class CallEnd:
+class _CallEnd:
     """After a call of the base model, however it ended: its classes are forgotten."""
 
     def __init__(self, context: CallContext) -> None:
@@ -138,11 +268,3 @@ def _remember_in_checkpoints(model: nn.Module, context: CallContext) -> None:
         checkpoint = vars(module).get("_gradient_checkpointing_func")
         if checkpoint is not None and not isinstance(checkpoint, _Remembering):
             module._gradient_checkpointing_func = _Remembering(checkpoint, context)
-
-
-def forget_in_checkpoints(model: nn.Module) -> None:
-    """Give checkpointed parts their own function back."""
-    for module in model.modules():
-        checkpoint = vars(module).get("_gradient_checkpointing_func")
-        if isinstance(checkpoint, _Remembering):
-            module._gradient_checkpointing_func = checkpoint.checkpoint

@@ -7,17 +7,17 @@ import math
 import weakref
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from folklora.adapters.base import AdapterConfig, Update, zeros
+from folklora.adapters.host.call import CallContext
 from folklora.adapters.host.kinds import is_quantised, kind_of
+from folklora.adapters.host.merge import merge, unmerge
 from folklora.adapters.host.siblings import Offer, offered, share
 from folklora.factored import Factors, concatenate
 
@@ -29,29 +29,6 @@ _QUANTISED_COSINE = 0.9
 # by order of creation, so that all processes gather sharded parameters in one order
 LIVE_LAYERS: weakref.WeakValueDictionary[int, FolkloraLayer] = weakref.WeakValueDictionary()
 _serial = itertools.count()
-
-
-@dataclass
-class CallContext:
-    """What a forward pass tells the layers of one model.
-
-    Args:
-        rows: The adapter of each row of the batch ("__base__" for none), or None where all rows share the active ones.
-        masks: Attention masks [batch, positions] of this call, a decoder's own before its encoder's.
-        before: How many positions a cache holds that come before this call's.
-        classes: For each adapter that reads classes, its gate [rows, classes], or why it cannot read those given.
-        classes_in_block: The same, of the block of `folklora.classes` that is open; it holds for several calls.
-    """
-
-    rows: list[str] | None = None
-    masks: tuple[Tensor, ...] = ()
-    before: int = 0
-    classes: dict[str, Tensor | ValueError] | None = None
-    classes_in_block: dict[str, Tensor | ValueError] | None = None
-
-    def mask_for(self, x: Tensor) -> Tensor | None:
-        """The mask of the very positions of an input [batch, positions, width], if it is known."""
-        return next((mask for mask in self.masks if mask.shape == x.shape[:-1]), None)
 
 
 class FolkloraLayer(nn.Module, BaseTunerLayer):
@@ -76,8 +53,8 @@ class FolkloraLayer(nn.Module, BaseTunerLayer):
         self.reductions: dict[str, str] = {}
         self.waiting: set[str] = set()
         self.merged_adapters: list[str] = []
-        self._unmerged_weight: nn.Parameter | None = None
-        self._unmerged_bias: nn.Parameter | None = None
+        self.unmerged_weight: nn.Parameter | None = None
+        self.unmerged_bias: nn.Parameter | None = None
         self.siblings: list[FolkloraLayer] = []
         self.offer: Offer | None = None
         LIVE_LAYERS[next(_serial)] = self
@@ -200,7 +177,7 @@ class FolkloraLayer(nn.Module, BaseTunerLayer):
                 whole.append(self._factors(name, x, corrects=name not in made))
                 continue
             learned, fixed = self.folklora_updates[name].split(*self._inputs(name, x))
-            gate = self._row_gate(name, x)
+            gate = self.context.own_rows(name, x, self.name)
             by_dropout[p].append(learned if gate is None else learned.scale(gate))
             if fixed is not None and name not in made:
                 whole.append(fixed if gate is None else fixed.scale(gate))
@@ -219,7 +196,7 @@ class FolkloraLayer(nn.Module, BaseTunerLayer):
             change = self.folklora_updates[name].bias_change
             if change is not None:
                 change = self.kind.per_output(self.get_base_layer(), change.to(y.dtype))
-                gate = self._row_gate(name, x)
+                gate = self.context.own_rows(name, x, self.name)
                 y = y + (change if gate is None else gate.to(y.dtype) * change)
         return y
 
@@ -232,29 +209,8 @@ class FolkloraLayer(nn.Module, BaseTunerLayer):
         if not update.gated:
             return None, None
         update.before = self.context.before
-        if update.reads_classes:
-            return x, self._mask(name, x), self._class_gate(name, x)
-        return x, self._mask(name, x)
-
-    def _mask(self, name: str, x: Tensor) -> Tensor | None:
-        """1 for the real tokens of the adapter's own rows."""
-        mask, gate = self.context.mask_for(x), self._row_gate(name, x)
-        if gate is None or x.dim() < 2 or not x.is_floating_point():
-            return mask
-        own = gate.squeeze(-1).expand(x.shape[:-1])
-        return own if mask is None else own * mask
-
-    def _class_gate(self, name: str, x: Tensor) -> Tensor:
-        gate = (self.context.classes or {}).get(name)
-        if gate is None:
-            raise ValueError(
-                f"adapter {name} on layer '{self.name}' needs the class of each row of the batch: call the model with "
-                "class_labels=[...] or within folklora.classes(model, [...]) (which must still be open in the backward "
-                "pass where torch.utils.checkpoint is called by hand)"
-            )
-        if isinstance(gate, ValueError):
-            raise ValueError(f"adapter {name}: {gate}")
-        return self._by_row("class_labels", gate.to(x.device), x)
+        mask = self.context.own_mask(name, x, self.name)
+        return (x, mask, self.context.class_gate(name, x, self.name)) if update.reads_classes else (x, mask)
 
     def _corrections_made(self, names: list[str]) -> set[str]:
         """Adapters whose correction of the base another one's contains; taken out twice, it would change its sign."""
@@ -268,28 +224,8 @@ class FolkloraLayer(nn.Module, BaseTunerLayer):
 
     def _factors(self, name: str, x: Tensor, corrects: bool = True) -> Factors:
         factors = _factors_of(self.folklora_updates[name], corrects, *self._inputs(name, x))
-        gate = self._row_gate(name, x)
+        gate = self.context.own_rows(name, x, self.name)
         return factors if gate is None else factors.scale(gate)
-
-    def _row_gate(self, name: str, x: Tensor) -> Tensor | None:
-        rows = self.context.rows
-        if rows is None:
-            return None
-        dtype = x.dtype if x.is_floating_point() else self.base_layer.weight.dtype
-        own = torch.tensor([[row == name] for row in rows], device=x.device)
-        return self._by_row("adapter_names", own.to(dtype), x)
-
-    def _by_row(self, what: str, values: Tensor, x: Tensor) -> Tensor:
-        """Values [rows, n] of the rows of a call as [batch, 1, ..., n], which broadcasts over their positions."""
-        if x.shape[0] % len(values):
-            raise ValueError(
-                f"{what} has {len(values)} entries, and the batch of {x.shape[0]} rows that layer '{self.name}' "
-                "sees is no multiple of that"
-            )
-        # beams, and tokens that a router flattened, stand in equal runs of their row
-        values = values.repeat_interleave(x.shape[0] // len(values), dim=0)
-        positions = x.dim() - 2 if x.is_floating_point() else x.dim() - 1
-        return values.view(len(values), *([1] * positions), values.shape[-1])
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Replace the weight by W + ΔW in a new tensor; the base's own tensor is kept aside untouched.
@@ -297,77 +233,16 @@ class FolkloraLayer(nn.Module, BaseTunerLayer):
         Raises:
             ValueError: An update depends on its input, the weight is quantised or not finite after merging.
         """
-        names = check_adapters_to_merge(self, adapter_names)
-        names = [name for name in names if name in self.folklora_updates]
-        if not names:
-            return
-        base = self.get_base_layer()
-        self.admit_loaded(names)
-        self._check_mergeable(names)
-        # together with those merged before, since corrections of the base do not add up
-        together = [*self.merged_adapters, *names]
-        merged, bias = self._merged_weight(together), self._merged_bias(together)
-        if safe_merge and not torch.isfinite(merged).all():
-            raise ValueError(f"merging {', '.join(names)} into layer '{self.name}' gives values that are not finite")
-        if self._unmerged_weight is None:
-            self._unmerged_weight, self._unmerged_bias = base.weight, getattr(base, "bias", None)
-        base.weight = nn.Parameter(merged.contiguous(), requires_grad=False)
-        if bias is not None:
-            base.bias = nn.Parameter(bias, requires_grad=False)
-        self.merged_adapters.extend(names)
-
-    @torch.no_grad()
-    def _merged_weight(self, names: list[str]) -> Tensor:
-        base, made = self.get_base_layer(), self._corrections_made(names)
-        present = base.weight
-        if self._unmerged_weight is not None:
-            base.weight = self._unmerged_weight
-        try:
-            matrix = self.kind.matrix(base)
-            precise = torch.promote_types(matrix.dtype, torch.float32)
-            parts = [_factors_of(self.folklora_updates[name], name not in made) for name in names]
-            total = concatenate(parts).dense()
-            return self.kind.layout(base, (matrix.to(precise) + total.to(precise)).to(matrix.dtype))
-        finally:
-            base.weight = present
-
-    @torch.no_grad()
-    def _merged_bias(self, names: list[str]) -> Tensor | None:
-        changes = [self.folklora_updates[name].bias_change for name in names]
-        changes = [change for change in changes if change is not None]
-        if not changes:
-            return None
-        own = self._unmerged_bias if self.merged_adapters else self.get_base_layer().bias
-        return (own.float() + sum(changes)).to(own.dtype)
+        merge(self, check_adapters_to_merge(self, adapter_names), finite=safe_merge)
 
     def unmerge(self) -> None:
         """Put the base's own weight back, bit for bit."""
-        if self._unmerged_weight is None:
-            return
-        base = self.get_base_layer()
-        base.weight = self._unmerged_weight
-        if self._unmerged_bias is not None:
-            base.bias = self._unmerged_bias
-        self._unmerged_weight = self._unmerged_bias = None
-        self.merged_adapters.clear()
+        unmerge(self)
 
-    def _check_mergeable(self, names: list[str]) -> None:
-        gated = [name for name in names if self.folklora_updates[name].gated]
-        if gated:
-            raise ValueError(
-                f"adapter {', '.join(gated)} cannot be merged into layer '{self.name}': its update depends on "
-                f"{self.folklora_updates[gated[0]].depends_on}, so no single weight equals it"
-            )
-        if parametrize.is_parametrized(self.get_base_layer(), "weight"):
-            raise ValueError(
-                f"layer '{self.name}' computes its weight from other parameters (a parametrization), which merging "
-                "would have to change; remove the parametrization to merge"
-            )
-        if is_quantised(self.get_base_layer()):
-            raise ValueError(
-                f"layer '{self.name}' is quantised; merging would need its weight in floating point: load the base "
-                "model unquantised to merge"
-            )
+    def fixed_factors(self, names: list[str]) -> Factors:
+        """All that these adapters add, whatever the input."""
+        made = self._corrections_made(names)
+        return concatenate([_factors_of(self.folklora_updates[name], name not in made) for name in names])
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove one adapter's update from this layer."""

@@ -19,16 +19,13 @@ from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from folklora.adapters.base import PEFT_TYPE, AdapterConfig
-from folklora.adapters.host.call import CallEnd, CallStart, forget_in_checkpoints
+from folklora.adapters.host.call import CallContext, listen, stop_listening
 from folklora.adapters.host.kinds import LINEAR, TRANSPOSED, kind_of
-from folklora.adapters.host.layer import CallContext, FolkloraLayer, layers_of
+from folklora.adapters.host.layer import FolkloraLayer, layers_of
 from folklora.adapters.host.saved import check_saved_values
 from folklora.adapters.host.siblings import link_siblings
-
-_MASKS = ("decoder_attention_mask", "attention_mask", "encoder_attention_mask")
 
 
 class FolkloraModel(BaseTuner):
@@ -86,10 +83,7 @@ class FolkloraModel(BaseTuner):
             return existing.context
         if getattr(self, "_own_context", None) is None:
             self._own_context = CallContext()
-            read_masks(self.model, self._own_context)
-            start = CallStart(self._own_context, self.peft_config, self.model)
-            self.model.register_forward_pre_hook(start, with_kwargs=True)
-            self.model.register_forward_hook(CallEnd(self._own_context), always_call=True)
+            listen(self.model, self._own_context, self.peft_config)
         return self._own_context
 
     @classmethod
@@ -141,14 +135,7 @@ class FolkloraModel(BaseTuner):
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
         model = super()._unload_and_optionally_merge(*args, **kwargs)
-        forget_in_checkpoints(model)
-        for part in {model, *_called_with_masks(model)}:
-            for key, hook in list(part._forward_pre_hooks.items()):
-                if isinstance(hook, (_MaskReader, CallStart)):
-                    del part._forward_pre_hooks[key], part._forward_pre_hooks_with_kwargs[key]
-            for key, hook in list(part._forward_hooks.items()):
-                if isinstance(hook, CallEnd):
-                    del part._forward_hooks[key], part._forward_hooks_always_called[key]
+        stop_listening(model)
         return model
 
     def _check_merge_allowed(self) -> None:
@@ -264,32 +251,6 @@ def _with_chosen_rank(
 
 def _name_rows(module: nn.Module, args: tuple, kwargs: dict, rows: list[str]) -> tuple[tuple, dict]:
     return args, {**kwargs, "adapter_names": rows}
-
-
-class _MaskReader:
-    """Notes the attention masks of a call for the layers; a class, so that models can be pickled and copied."""
-
-    def __init__(self, context: CallContext) -> None:
-        self.context = context
-
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        masks = (kwargs.get(name) for name in _MASKS)
-        self.context.masks = tuple(m for m in masks if isinstance(m, Tensor) and m.dim() == 2)
-        cache = kwargs.get("past_key_values")
-        self.context.before = 0 if cache is None else int(cache.get_seq_length())
-
-
-def read_masks(model: nn.Module, context: CallContext) -> list[RemovableHandle]:
-    """Let a context know the attention masks of every call of a model, from now on."""
-    reader = _MaskReader(context)
-    return [part.register_forward_pre_hook(reader, with_kwargs=True) for part in _called_with_masks(model)]
-
-
-def _called_with_masks(model: nn.Module) -> list[nn.Module]:
-    # generation calls the encoder by itself; and each half reads masks of its own
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        return [model.get_encoder(), model.get_decoder()]
-    return [model]
 
 
 def _awaits_values(config: AdapterConfig) -> bool:
