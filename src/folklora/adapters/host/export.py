@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from folklora.adapters.host.layer import updates_of
+from folklora.factored import Factors
 from folklora.stream.files import replace_folder
 
 
@@ -51,7 +52,7 @@ def export_lora(
     with torch.no_grad():
         for layer, update in pairs:
             layer.admit_loaded([adapter_name])
-            A, B = update.factors().to_lora()
+            A, B = _at_least_one_term(update.factors().compact()).to_lora()
             ranks[layer.name] = A.shape[0]
             tensors.update(_named(layer, A, B, dtype))
         tensors.update(_saved_modules(model, adapter_name))
@@ -63,6 +64,14 @@ def export_lora(
         save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
         replace_folder(folder, out)
     return ranks
+
+
+def _at_least_one_term(factors: Factors) -> Factors:
+    # PEFT has no LoRA of rank 0
+    if factors.rank:
+        return factors
+    A, B = factors.A.new_zeros(1, factors.A.shape[1]), factors.B.new_zeros(factors.B.shape[0], 1)
+    return Factors(A, 1.0, B)
 
 
 def _named(layer: nn.Module, A: Tensor, B: Tensor, dtype: torch.dtype | None) -> dict[str, Tensor]:
@@ -88,7 +97,7 @@ def _saved_modules(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
     return {
         f"base_model.model.{key.removeprefix('base_model.model.')}": value.detach().cpu().contiguous()
         for key, value in state.items()
-        if ".folklora_updates." not in key
+        if ".folklora_" not in key
     }
 
 
