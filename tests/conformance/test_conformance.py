@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from folklora import AMLoRA, KaSA, LoRA, PiSSA, check, methods, tiny
+from folklora import AMLoRA, KaSA, LoRA, PiSSA, RandLoRA, check, methods, tiny
 from folklora.adapters.lora import LoRAUpdate
 
 TARGETS = tiny.TARGETS
@@ -35,6 +35,9 @@ VARIANTS = {
     ),
     "lora on embedding and head": LoRA(
         r=3, dropout=0.3, target_modules=["embed_tokens", "lm_head", "o_proj"], rank_pattern={"o_proj": 5}
+    ),
+    "randlora with other bases": RandLoRA(
+        r=3, scale_rule="alpha/(r sqrt n)", bases="sparse", peft_layout=True, dropout=0.3, rank_pattern={"v_proj": 5}
     ),
     "pissa with alpha": PiSSA(r=3, alpha=7, rslora=True, target_modules="all-linear", rank_pattern={"k_proj": 5}),
 }

@@ -5,5 +5,6 @@ from folklora.adapters.base import AdapterConfig, Update
 from folklora.adapters.kasa import KaSA
 from folklora.adapters.lora import LoRA
 from folklora.adapters.pissa import PiSSA
+from folklora.adapters.randlora import RandLoRA
 
-__all__ = ["AMLoRA", "AdapterConfig", "KaSA", "LoRA", "PiSSA", "Update"]
+__all__ = ["AMLoRA", "AdapterConfig", "KaSA", "LoRA", "PiSSA", "RandLoRA", "Update"]

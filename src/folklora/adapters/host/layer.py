@@ -7,7 +7,7 @@ import math
 import weakref
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,6 +21,8 @@ from folklora.adapters.host.kinds import is_quantised, kind_of
 from folklora.factored import Factors, concatenate
 
 SAMPLES = 32
+# where a model's root keeps what the layers of its adapters share
+SHARED = "folklora_shared"
 # values that went through bfloat16 once differ by at most half a unit in the last of its 8 bits; those that went
 # through float16 may besides have lost half of its smallest number
 _SAME, _SMALLEST = 2.0**-7, 2.0**-24
@@ -38,11 +40,13 @@ class CallContext:
         rows: The adapter of each row of the batch ("__base__" for none), or None where all rows share the active ones.
         masks: Attention masks [batch, positions] of this call, a decoder's own before its encoder's.
         before: How many positions a cache holds that come before this call's.
+        shared: What the layers of each adapter have in common, by adapter; the model's root has it too.
     """
 
     rows: list[str] | None = None
     masks: tuple[Tensor, ...] = ()
     before: int = 0
+    shared: nn.ModuleDict = field(default_factory=nn.ModuleDict)
 
     def mask_for(self, x: Tensor) -> Tensor | None:
         """The mask of the very positions of an input [batch, positions, width], if it is known."""
@@ -95,6 +99,8 @@ class FolkloraLayer(nn.Module, BaseTunerLayer):
             update = config.update(self.kind.matrix(base))
         sample = self.sample_base()
         update.base_sample = nn.Parameter(sample.fill_(math.nan) if waiting else sample, requires_grad=False)
+        if adapter_name in self.context.shared:
+            update.share(self.context.shared[adapter_name])
         for parameter in update.parameters():
             # FSDP2 shards only what lies in one piece, and a transposed factor does not
             parameter.data = parameter.data.contiguous()
@@ -250,6 +256,8 @@ class FolkloraLayer(nn.Module, BaseTunerLayer):
         self.dropouts.pop(adapter_name, None)
         self.reductions.pop(adapter_name, None)
         self.waiting.discard(adapter_name)
+        if adapter_name in self.context.shared:
+            del self.context.shared[adapter_name]
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether the update is a fixed matrix of finite rank."""
@@ -264,7 +272,10 @@ class FolkloraLayer(nn.Module, BaseTunerLayer):
         # PEFT's own would also cast the float32 masters to the base's dtype
         update = self.folklora_updates[adapter_name]
         if not any(parameter.is_meta for parameter in update.parameters()):
-            update.to(self.get_base_layer().weight.device if device is None else device)
+            device = self.get_base_layer().weight.device if device is None else device
+            update.to(device)
+            if update.shared is not None:
+                update.shared.to(device)
 
     def _freeze_non_trainable_peft_weights(self, adapter_names: str | list[str] | None = None) -> None:
         wanted = [adapter_names] if isinstance(adapter_names, str) else adapter_names
@@ -272,7 +283,7 @@ class FolkloraLayer(nn.Module, BaseTunerLayer):
             if wanted is not None and name not in wanted:
                 continue
             frozen = update.frozen_parameters() | {"base_sample"}
-            for key, parameter in update.named_parameters():
+            for key, parameter in itertools.chain(update.named_parameters(), (update.shared or {}).items()):
                 if key in frozen:
                     parameter.requires_grad_(False)
                     # what was trained until now must not count in a later clipping of gradients

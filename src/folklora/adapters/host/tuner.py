@@ -21,8 +21,9 @@ from torch import Tensor, nn
 
 from folklora.adapters.base import PEFT_TYPE, AdapterConfig
 from folklora.adapters.host.kinds import LINEAR, TRANSPOSED, kind_of
-from folklora.adapters.host.layer import CallContext, FolkloraLayer, layers_of
+from folklora.adapters.host.layer import SHARED, CallContext, FolkloraLayer, layers_of
 from folklora.adapters.host.saved import check_saved_values
+from folklora.adapters.host.shared import make_shared, place_shared, remove_shared, shared_values, with_adapter_name
 
 _MASKS = ("decoder_attention_mask", "attention_mask", "encoder_attention_mask")
 
@@ -43,7 +44,9 @@ class FolkloraModel(BaseTuner):
         Raises:
             ValueError: No layer matches, a target cannot be adapted or options do not fit it; every problem is named.
         """
-        self._check_targets(model, self.peft_config[adapter_name])
+        config = self.peft_config[adapter_name]
+        shared = make_shared(config, self._check_targets(model, config))
+        place_shared(model, self._context(), adapter_name, shared)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
 
     def _create_and_replace(
@@ -77,22 +80,23 @@ class FolkloraModel(BaseTuner):
                 part.register_forward_pre_hook(_MaskReader(self._own_context), with_kwargs=True)
         return self._own_context
 
-    def _check_targets(self, model: nn.Module, config: AdapterConfig) -> None:
+    def _check_targets(self, model: nn.Module, config: AdapterConfig) -> dict[str, nn.Module]:
         problems = _without_match(config, model)
         config = self._prepare_adapter_config(config, self.get_model_config(model))
         if isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
             config.target_modules = _all_linear(config, model)
-        matched = 0
+        matched: dict[str, nn.Module] = {}
         inside = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, FolkloraLayer))
         for name, module in model.named_modules():
             if not name or (inside and name.startswith(inside)) or not check_target_module_exists(config, name):
                 continue
-            matched += 1
+            matched[name] = module
             problems += self._problems(config, name, module)
         if not matched:
             raise ValueError(_nothing_matched(config, model))
         if problems:
             raise ValueError("\n".join(problems))
+        return matched
 
     @staticmethod
     def _problems(config: AdapterConfig, name: str, module: nn.Module) -> list[str]:
@@ -119,6 +123,7 @@ class FolkloraModel(BaseTuner):
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
         model = super()._unload_and_optionally_merge(*args, **kwargs)
+        remove_shared(model)
         for part in _called_with_masks(model):
             for key, hook in list(part._forward_pre_hooks.items()):
                 if isinstance(hook, _MaskReader):
@@ -196,22 +201,24 @@ class FolkloraModel(BaseTuner):
             for key, value in model.named_parameters()
             if set(key.partition(marker)[2].split(".")).intersection(unwanted_adapter_names)
         }
-        return {**lost, **kept}
+        whole = {key: value.detach() for key, value in model.named_parameters()}
+        return {**lost, **shared_values(adapter_name, {**whole, **state_dict}), **kept}
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
         # an update's own parameters may be nested, so the name is not always next to the end
-        marker = ".folklora_updates."
-        head, found, tail = key.partition(marker)
-        if not found:
-            return super()._remove_adapter_name_from_key(key, adapter_name)
-        return head + marker + tail.removeprefix(f"{adapter_name}.")
+        for marker in (".folklora_updates.", f"{SHARED}."):
+            head, found, tail = key.partition(marker)
+            if found:
+                return head + marker + tail.removeprefix(f"{adapter_name}.")
+        return super()._remove_adapter_name_from_key(key, adapter_name)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: AdapterConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         renamed = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        renamed = {with_adapter_name(adapter_name, key): value for key, value in renamed.items()}
         check_saved_values(model, adapter_name, renamed)
         return renamed
 
