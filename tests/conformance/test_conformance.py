@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from folklora import AMLoRA, KaSA, LoRA, PiSSA, RandLoRA, check, methods, tiny
+from folklora import AMLoRA, DiffoRA, KaSA, LoRA, PiSSA, RandLoRA, check, methods, tiny
 from folklora.adapters.lora import LoRAUpdate
 
 TARGETS = tiny.TARGETS
@@ -29,6 +29,13 @@ VARIANTS = {
         target_modules=TARGETS,
     ),
     "am-lora as in the paper": AMLoRA(r=3, tasks=2, gate_input="lora", sparsity_on="scores", target_modules=TARGETS),
+    "diffora with competing gates": DiffoRA(r=3, gate="softmax-row", dropout=0.3, rank_pattern={"v_proj": 5}),
+    "diffora of chosen modules": DiffoRA(
+        r=3,
+        shared_r=2,
+        target_modules=TARGETS,
+        selected=["model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj"],
+    ),
     "kasa without truncation": KaSA(r=3, truncate=0, target_modules=TARGETS),
     "kasa with dropout": KaSA(
         r=3, truncate=5, l3="paper", reduction="sum", rslora=True, dropout=0.3, target_modules="all-linear"

@@ -20,7 +20,7 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor
 
 import folklora
-from folklora import KaSA, LoRA, methods, tiny
+from folklora import DiffoRA, KaSA, LoRA, methods, tiny
 from folklora.adapters.base import AdapterConfig
 from folklora.adapters.host.layer import layers_of
 from folklora.adapters.lora import LoRAUpdate
@@ -82,8 +82,9 @@ def two_steps(config: AdapterConfig, shard: Callable[[PeftModel], None] | None =
 
 
 def sharded_methods() -> dict[str, AdapterConfig]:
-    """Every installed method, one with penalties that count, and one with work after each step."""
+    """Every installed method, one whose layers share trained parameters, one with penalties, one with after-steps."""
     every = {method.name: method.factory(r=4, target_modules=tiny.TARGETS) for method in methods("adapters")}
+    every["shared pairs"] = DiffoRA(r=4, target_modules=tiny.TARGETS, selected=["model.layers.0.self_attn.q_proj"])
     return {**every, "penalised": PENALISED, "normed": Normed(r=4, target_modules=tiny.TARGETS)}
 
 

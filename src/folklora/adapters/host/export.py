@@ -86,9 +86,11 @@ def _named(layer: nn.Module, A: Tensor, B: Tensor, dtype: torch.dtype | None) ->
     if layer.kind.name == "convolution":
         A = A.view(A.shape[0], *base.weight.shape[1:])
         B = B.view(*B.shape, *([1] * (base.weight.dim() - 2)))
+    # layers may share a factor, and a safetensors file holds no tensor twice
+    whole = {"memory_format": torch.contiguous_format}
     return {
-        f"{prefix}.{names[0]}": A.detach().cpu().contiguous(),
-        f"{prefix}.{names[1]}": B.detach().cpu().contiguous(),
+        f"{prefix}.{names[0]}": A.detach().cpu().clone(**whole),
+        f"{prefix}.{names[1]}": B.detach().cpu().clone(**whole),
     }
 
 

@@ -80,6 +80,13 @@ class FolkloraModel(BaseTuner):
                 part.register_forward_pre_hook(_MaskReader(self._own_context), with_kwargs=True)
         return self._own_context
 
+    def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
+        # PEFT takes what lies outside its layers for the base's
+        shared = [p for p in self._context().shared.parameters() if p.requires_grad]
+        super()._mark_only_adapters_as_trainable(model)
+        for parameter in shared:
+            parameter.requires_grad_(True)
+
     def _check_targets(self, model: nn.Module, config: AdapterConfig) -> dict[str, nn.Module]:
         problems = _without_match(config, model)
         config = self._prepare_adapter_config(config, self.get_model_config(model))
