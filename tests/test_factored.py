@@ -393,6 +393,16 @@ def test_truncation_to_no_rank_is_refused(rank: int):
         make()[3].truncate(rank)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_update_of_no_terms_is_the_base(kind: str):
+    x, weight, bias, f = make(kind, sizes=(IN, OUT, 0))
+    x.requires_grad_()
+    y = factored_linear(x, weight, bias, f)
+    assert_same_to_float32(y, F.linear(x, weight, bias))
+    y.sum().backward()
+    assert_same_to_float32(x.grad, weight.sum(0).expand_as(x))
+
+
 @pytest.mark.parametrize(("sizes", "rank"), [((6, 4, 9), 4), ((4, 6, 9), 4), ((6, 4, 4), 4), ((6, 4, 2), 2)])
 @pytest.mark.parametrize("kind", ["number", "vector"])
 def test_a_compact_update_has_no_more_terms_than_the_weight(kind: str, sizes: tuple[int, int, int], rank: int):

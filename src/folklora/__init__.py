@@ -3,7 +3,7 @@
 import importlib
 from typing import Any
 
-from folklora.adapters import AdapterConfig, AMLoRA, DiffoRA, KaSA, LoRA, PiSSA, RandLoRA, Update
+from folklora.adapters import AdapterConfig, AMLoRA, CoDyRA, DiffoRA, KaSA, LoRA, PiSSA, RandLoRA, Update
 from folklora.adapters.am_lora import add_task
 from folklora.adapters.host import steps as _steps
 from folklora.adapters.host import tuner as _tuner
@@ -31,6 +31,7 @@ _steps.register()
 __all__ = [
     "AMLoRA",
     "AdapterConfig",
+    "CoDyRA",
     "DiffoRA",
     "Example",
     "Factors",

@@ -204,7 +204,9 @@ class _FactoredLinear(torch.autograd.Function):
         dtype = x.dtype
         rows = x.reshape(-1, x.shape[-1])
         a, b = A.to(dtype), B.to(dtype)
-        scale = s.to(dtype).reshape(-1, s.shape[-1]) if isinstance(s, Tensor) else s
+        scale = s.to(dtype) if isinstance(s, Tensor) else s
+        if isinstance(s, Tensor) and s.dim() > 1:
+            scale = scale.reshape(rows.shape[0], s.shape[-1])
         source, kept = torch.native_dropout(rows, dropout, True) if dropout else (rows, None)
         h = source @ a.T
         z = h * scale

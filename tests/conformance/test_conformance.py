@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from folklora import AMLoRA, DiffoRA, KaSA, LoRA, PiSSA, RandLoRA, check, methods, tiny
+from folklora import AMLoRA, CoDyRA, DiffoRA, KaSA, LoRA, PiSSA, RandLoRA, check, methods, tiny
 from folklora.adapters.lora import LoRAUpdate
 
 TARGETS = tiny.TARGETS
@@ -29,6 +29,7 @@ VARIANTS = {
         target_modules=TARGETS,
     ),
     "am-lora as in the paper": AMLoRA(r=3, tasks=2, gate_input="lora", sparsity_on="scores", target_modules=TARGETS),
+    "codyra with thresholds": CoDyRA(r=4, steps=4, dense=0.0, kappa_max=0.2, dropout=0.3, target_modules=TARGETS),
     "diffora with competing gates": DiffoRA(r=3, gate="softmax-row", dropout=0.3, rank_pattern={"v_proj": 5}),
     "diffora of chosen modules": DiffoRA(
         r=3,
