@@ -374,17 +374,6 @@ def test_it_fits_a_flat_spectrum_better_than_lora_and_a_low_rank_worse():
     assert relative_error(randlora, low, 800) > 0.3
 
 
-def test_dropout_scales_the_input():
-    model = adapted(dropout=0.5, target_modules=["q"]).train()
-    randomise(model)
-    layer, update = next(updates_of(model, "default"))
-    x = inputs()
-    torch.manual_seed(5)
-    kept = x * (torch.rand_like(x) >= 0.5) * 2
-    torch.manual_seed(5)
-    assert_close32(layer(x), layer.get_base_layer()(x) + kept @ update.factors().dense().T)
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [({"r": 0}, "rank"), ({"scale_rule": "r"}, "scale_rule must be one of"), ({"bases": "none"}, "bases must be one")],
