@@ -393,38 +393,6 @@ def test_truncation_to_no_rank_is_refused(rank: int):
         make()[3].truncate(rank)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_an_update_of_no_terms_is_the_base(kind: str):
-    x, weight, bias, f = make(kind, sizes=(IN, OUT, 0))
-    x.requires_grad_()
-    y = factored_linear(x, weight, bias, f)
-    assert_same_to_float32(y, F.linear(x, weight, bias))
-    y.sum().backward()
-    assert_same_to_float32(x.grad, weight.sum(0).expand_as(x))
-
-
-@pytest.mark.parametrize(("sizes", "rank"), [((6, 4, 9), 4), ((4, 6, 9), 4), ((6, 4, 4), 4), ((6, 4, 2), 2)])
-@pytest.mark.parametrize("kind", ["number", "vector"])
-def test_a_compact_update_has_no_more_terms_than_the_weight(kind: str, sizes: tuple[int, int, int], rank: int):
-    f = make(kind, dtype=torch.float64, sizes=sizes)[3]
-    assert f.compact().rank == rank
-    torch.testing.assert_close(f.compact().dense(), f.dense(), rtol=0, atol=1e-14)
-
-
-@pytest.mark.parametrize(("zeros", "rank"), [([1, 3], 3), (range(RANK), 0), ([], RANK)])
-def test_a_compact_update_has_no_term_that_is_switched_off(zeros: list[int], rank: int):
-    f = make("vector")[3]
-    f.s[list(zeros)] = 0
-    assert f.compact().rank == rank
-    assert_same_to_float32(f.compact().dense(), f.dense())
-
-
-def test_factors_of_two_precisions_have_a_dense_form_in_the_better_one():
-    f = make("vector")[3]
-    half = Factors(f.A, f.s, f.B.bfloat16())
-    assert torch.equal(half.dense(), Factors(f.A, f.s, f.B.bfloat16().float()).dense())
-
-
 @pytest.mark.parametrize("call", [Factors.dense, Factors.to_lora, Factors.compact, lambda f: f.truncate(1)])
 def test_a_gated_update_has_no_fixed_matrix(call):
     with pytest.raises(ValueError, match=r"depends on the input \(shape \(2, 3, 5\)\)"):
