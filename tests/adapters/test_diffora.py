@@ -197,6 +197,9 @@ def test_the_choice_by_rows_and_of_all():
     assert choose(GAMMAS, 0.5, "global") == list(GAMMAS)[6:]
     assert choose(GAMMAS, 1.0) == list(GAMMAS)
     assert len(choose({f"m.{i}": i / 100 for i in range(100)}, 0.29, "global")) == 29
+    # the first number in a name counts the blocks; T5 and mixtures of experts have more of them
+    t5 = {f"encoder.block.{i}.layer.{j}.{kind}": i + j for i in range(2) for j in range(2) for kind in ("a", "b")}
+    assert choose(t5, 0.5) == [name for name in t5 if ".layer.1." in name]
     with pytest.raises(ValueError, match=r"rho 0\.2 chooses none of 12 modules in 3 rows"):
         choose(GAMMAS, 0.2)
 

@@ -340,9 +340,9 @@ def _searched(model: nn.Module, adapter_name: str) -> dict[str, SearchUpdate]:
 
 
 def _place(name: str) -> tuple[str, str]:
-    """(row, type) of a module: its name up to the last number in it, and the rest."""
+    """(row, type) of a module: its name up to the first number in it, which counts the blocks, and the rest."""
     parts = name.replace("/", ".").split(".")
-    end = max((i + 1 for i, part in enumerate(parts) if part.isdigit()), default=0)
+    end = next((i + 1 for i, part in enumerate(parts) if part.isdigit()), 0)
     return ".".join(parts[:end]), ".".join(parts[end:])
 
 

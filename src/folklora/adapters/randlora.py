@@ -37,8 +37,9 @@ class RandLoRA(AdapterConfig):
     of its own in `rank_pattern` has bases of its own.
 
     Cost: the factored form has n r ≥ d terms. A layer's forward pass costs what one to two more layers of its
-    size would, and training keeps γ ⊙ A [n r, d] for each layer; the bases are read without a copy. Merged, it costs
-    nothing; a LoRA exported from it has rank d, the update's true rank. An embedding makes D the number of words.
+    size would, and training keeps γ ⊙ A [n r, d] for each layer; the bases are read without a copy, but cast layer by
+    layer under autocast. Merged, it costs nothing; a LoRA exported from it has rank d, the update's true rank. An
+    embedding makes D the number of words.
 
     The reference implementations flatten the bases in one order and the scaled A in another, so that column (j, k) of
     B meets another row of A than the formula says. With random bases that makes no difference to quality, but what
