@@ -182,7 +182,7 @@ def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {
         name.removeprefix("base_model.model.").replace(".base_layer.", "."): value
         for name, value in model.named_parameters()
-        if ".folklora_updates." not in name
+        if ".folklora_" not in name
     }
 
 

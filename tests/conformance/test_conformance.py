@@ -12,12 +12,15 @@ from folklora import (
     SALT,
     SORSA,
     AMLoRA,
+    CoDyRA,
     CorDA,
+    DiffoRA,
     KaSA,
     LoRA,
     LoRASB,
     LoRAXS,
     PiSSA,
+    RandLoRA,
     SMoRA,
     SVFit,
     check,
@@ -45,7 +48,15 @@ VARIANTS = {
         target_modules=TARGETS,
     ),
     "am-lora as in the paper": AMLoRA(r=3, tasks=2, gate_input="lora", sparsity_on="scores", target_modules=TARGETS),
+    "codyra with thresholds": CoDyRA(r=4, steps=4, dense=0.0, kappa_max=0.2, dropout=0.3, target_modules=TARGETS),
     "corda kpm": CorDA(r=3, mode="kpm", alpha=7, power=0.5, target_modules="all-linear", rank_pattern={"k_proj": 5}),
+    "diffora with competing gates": DiffoRA(r=3, gate="softmax-row", dropout=0.3, rank_pattern={"v_proj": 5}),
+    "diffora of chosen modules": DiffoRA(
+        r=3,
+        shared_r=2,
+        target_modules=TARGETS,
+        selected=["model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj"],
+    ),
     "kasa without truncation": KaSA(r=3, truncate=0, target_modules=TARGETS),
     "kasa with dropout": KaSA(
         r=3,
@@ -78,6 +89,9 @@ VARIANTS = {
         r=3, sigma=0.0, alpha=7, dropout=0.3, target_modules=["embed_tokens", "lm_head", "o_proj", "up_proj"]
     ),
     "pissa with alpha": PiSSA(r=3, alpha=7, rslora=True, target_modules="all-linear", rank_pattern={"k_proj": 5}),
+    "randlora with other bases": RandLoRA(
+        r=3, scale_rule="alpha/(r sqrt n)", bases="sparse", peft_layout=True, dropout=0.3, rank_pattern={"v_proj": 5}
+    ),
     "salt without relu": SALT(r=3, top=4, relu="none", penalty_weight=0.1, save_vectors=True, target_modules=TARGETS),
     "salt with a positive diagonal": SALT(r=3, top_ratio=0.5, relu="diag", target_modules="all-linear"),
     "smora in blocks": SMoRA(

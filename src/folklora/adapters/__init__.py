@@ -2,13 +2,16 @@
 
 from folklora.adapters.am_lora import AMLoRA
 from folklora.adapters.base import AdapterConfig, Update
+from folklora.adapters.codyra import CoDyRA
 from folklora.adapters.corda import CorDA
+from folklora.adapters.diffora import DiffoRA
 from folklora.adapters.kasa import KaSA
 from folklora.adapters.kind import KIND
 from folklora.adapters.lora import LoRA
 from folklora.adapters.lora_sb import LoRASB
 from folklora.adapters.lora_xs import LoRAXS
 from folklora.adapters.pissa import PiSSA
+from folklora.adapters.randlora import RandLoRA
 from folklora.adapters.salt import SALT
 from folklora.adapters.smora import SMoRA
 from folklora.adapters.soma import SoMA
@@ -21,12 +24,15 @@ __all__ = [
     "SORSA",
     "AMLoRA",
     "AdapterConfig",
+    "CoDyRA",
     "CorDA",
+    "DiffoRA",
     "KaSA",
     "LoRA",
     "LoRASB",
     "LoRAXS",
     "PiSSA",
+    "RandLoRA",
     "SMoRA",
     "SVFit",
     "SoMA",

@@ -7,7 +7,7 @@ import dataclasses
 import difflib
 import enum
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -59,6 +59,8 @@ class Update(nn.Module):
     """How many positions that was."""
     before: int = 0
     """How many positions the cache of this pass holds; set by the host for gated updates."""
+    shared: nn.ParameterDict | None = None
+    """What all layers of the adapter have in common, by name; kept once, at the model's root, not in this module."""
 
     def factors(self, x: Tensor | None = None, mask: Tensor | None = None) -> Factors:
         """What is added to W now.
@@ -109,8 +111,23 @@ class Update(nn.Module):
         """What the method does to its parameters after each optimizer step (under no_grad)."""
 
     def frozen_parameters(self) -> frozenset[str]:
-        """Names of the parameters that are not trained at present."""
+        """Names of the parameters, own and shared, that are not trained at present."""
         return self.frozen
+
+    def share(self, parameters: nn.ParameterDict) -> None:
+        """Take what all layers of the adapter have in common; called by the host."""
+        # nn.Module would register it here as well, and it would be counted, moved and saved once a layer
+        object.__setattr__(self, "shared", parameters)
+
+    def common(self, name: str) -> Tensor:
+        """A shared parameter on this layer's device; read at each use, since FSDP puts another tensor in its place."""
+        return self.shared[name].to(self.base_sample.device)
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """Own and shared parameters: whoever trains, freezes or holds this update does so with what it shares."""
+        yield from super().parameters(recurse)
+        if self.shared is not None:
+            yield from self.shared.values()
 
 
 @dataclass
@@ -241,6 +258,22 @@ class AdapterConfig(PeftConfig):
             ValueError: A class that the adapter does not know.
         """
         return None
+
+    def shared(self, layers: dict[str, tuple[int, int]], like: Tensor) -> dict[str, nn.Parameter]:
+        """New parameters that all layers of one adapter have in common, by name; most methods have none.
+
+        The host keeps them once in the model and once in a saved file, and gives them to `Update.share`. Those that
+        are never trained are named by `Update.frozen_parameters`.
+
+        Args:
+            layers: Name and (out, in) of every layer that the adapter takes.
+            like: An empty tensor with the dtype and the device of the base's weights.
+        """
+        return {}
+
+    def shared_count(self, layers: dict[str, tuple[int, int]]) -> int:
+        """How many parameters are trained that `layers` (name → (out, in)) have in common."""
+        return 0
 
     def check(self, shape: tuple[int, int], name: str) -> list[str]:
         """What speaks against these options on the layer `name` with a weight of `shape`; nothing if empty."""

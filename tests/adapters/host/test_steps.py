@@ -20,8 +20,9 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor
 
 import folklora
-from folklora import KaSA, LoRA, SMoRA, methods, tiny
+from folklora import DiffoRA, KaSA, LoRA, SMoRA, methods, tiny
 from folklora.adapters.base import AdapterConfig
+from folklora.adapters.diffora import Search, gates
 from folklora.adapters.host.layer import layers_of, updates_of
 from folklora.adapters.lora import LoRAUpdate
 
@@ -90,11 +91,12 @@ def balances(rows: Tensor) -> list[Tensor]:
 
 
 def sharded_methods() -> dict[str, AdapterConfig]:
-    """Every installed method, one with penalties that count, and one with work after each step."""
+    """Every installed method, one whose layers share trained parameters, one with penalties, one with after-steps."""
     every = {
         method.name: method.factory(target_modules=tiny.TARGETS, **({"r": 4} if hasattr(method.factory, "r") else {}))
         for method in methods("adapters")
     }
+    every["shared pairs"] = DiffoRA(r=4, target_modules=tiny.TARGETS, selected=["model.layers.0.self_attn.q_proj"])
     return {**every, "penalised": PENALISED, "normed": Normed(r=4, target_modules=tiny.TARGETS)}
 
 
@@ -243,6 +245,21 @@ def test_a_fused_optimizer_under_a_gradient_scaler_gets_the_scaled_gradient() ->
         assert torch.allclose(before[name] - value, expected[name], rtol=1e-6, atol=1e-9), name
 
 
+def gates_after_two_steps(halves: list[int]) -> dict[str, float]:
+    """γ after two validation steps on these halves of the batch."""
+    model = tiny.moved(tiny.adapted(DiffoRA(r=4, target_modules=tiny.TARGETS)))
+    rows = [tiny.batch()["input_ids"][2 * half : 2 * half + 2] for half in halves]
+    search = Search(model, [rows], loss=lambda called, parts: sum(called(p, labels=p).loss for p in parts) / len(parts))
+    for _ in range(2):
+        search.step()
+    return gates(model)
+
+
+def test_validation_steps_read_what_all_processes_read(pair: dict[str, Any]) -> None:
+    assert pair["gates"] == pytest.approx(gates_after_two_steps([0, 1]), rel=1e-6)
+    assert pair["gates"] != pytest.approx(gates_after_two_steps([0]), rel=1e-6)
+
+
 def _main(results: Path) -> None:
     found: dict[str, object] = {}
     for accumulation in (1, 4):
@@ -259,6 +276,7 @@ def _main(results: Path) -> None:
             found[f"sharded {name}"] = two_steps(config, _fully_shard)
         except Exception as error:
             found[f"sharded {name}"] = f"{type(error).__name__}: {error}"
+    found["gates"] = gates_after_two_steps([dist.get_rank()])
     if dist.get_rank() == 0:
         torch.save(found, results)
     dist.destroy_process_group()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -29,6 +29,7 @@ class CallContext:
         before: How many positions a cache holds that come before this call's.
         classes: For each adapter that reads classes, its gate [rows, classes], or why it cannot read those given.
         classes_in_block: The same, of the block of `folklora.classes` that is open; it holds for several calls.
+        shared: What the layers of each adapter have in common, by adapter; the model's root has it too.
     """
 
     rows: list[str] | None = None
@@ -36,6 +37,7 @@ class CallContext:
     before: int = 0
     classes: dict[str, Tensor | ValueError] | None = None
     classes_in_block: dict[str, Tensor | ValueError] | None = None
+    shared: nn.ModuleDict = field(default_factory=nn.ModuleDict)
 
     def mask_for(self, x: Tensor) -> Tensor | None:
         """The mask of the very positions of an input [batch, positions, width], if it is known."""

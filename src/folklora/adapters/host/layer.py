@@ -90,6 +90,8 @@ class FolkloraLayer(nn.Module, BaseTunerLayer):
         bias = getattr(base, "bias", None) if config.train_bias else None
         update.register_parameter("bias_change", None if bias is None else zeros(*bias.shape, like=bias))
         update.base_sample = nn.Parameter(sample.fill_(math.nan) if waiting else sample, requires_grad=False)
+        if adapter_name in self.context.shared:
+            update.share(self.context.shared[adapter_name])
         for parameter in update.parameters():
             # FSDP2 shards only what lies in one piece, and a transposed factor does not
             parameter.data = parameter.data.contiguous()
@@ -250,6 +252,8 @@ class FolkloraLayer(nn.Module, BaseTunerLayer):
         self.dropouts.pop(adapter_name, None)
         self.reductions.pop(adapter_name, None)
         self.waiting.discard(adapter_name)
+        if adapter_name in self.context.shared:
+            del self.context.shared[adapter_name]
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether the update is a fixed matrix of finite rank."""
@@ -264,7 +268,10 @@ class FolkloraLayer(nn.Module, BaseTunerLayer):
         # PEFT's own would also cast the float32 masters to the base's dtype
         update = self.folklora_updates[adapter_name]
         if not any(parameter.is_meta for parameter in update.parameters()):
-            update.to(self.get_base_layer().weight.device if device is None else device)
+            device = self.get_base_layer().weight.device if device is None else device
+            update.to(device)
+            if update.shared is not None:
+                update.shared.to(device)
 
     def _freeze_non_trainable_peft_weights(self, adapter_names: str | list[str] | None = None) -> None:
         wanted = [adapter_names] if isinstance(adapter_names, str) else adapter_names
@@ -272,7 +279,7 @@ class FolkloraLayer(nn.Module, BaseTunerLayer):
             if wanted is not None and name not in wanted:
                 continue
             frozen = update.frozen_parameters() | {"base_sample"}
-            for key, parameter in update.named_parameters():
+            for key, parameter in itertools.chain(update.named_parameters(), (update.shared or {}).items()):
                 if key in frozen:
                     parameter.requires_grad_(False)
                     # what was trained until now must not count in a later clipping of gradients

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from folklora.adapters.base import AdapterConfig
 from folklora.adapters.host.layer import FolkloraLayer, updates_of
+from folklora.adapters.host.shared import SHARED
 
 _PREFIX = "base_model.model."
 
@@ -40,6 +41,7 @@ def check_saved_values(model: nn.Module, adapter_name: str, values: dict[str, Te
     }
     for path, layer in carriers.items():
         problems += _layer_problems(layer, adapter_name, f"{path}.folklora_updates.{adapter_name}.", values)
+    problems += _shared_problems(next(iter(carriers.values()), None), adapter_name, values)
     saved = {key.partition(".folklora_updates.")[0] for key in values if ".folklora_updates." in key}
     problems += [f"  values for '{path}', which is no adapted layer here" for path in sorted(saved - set(carriers))]
     if problems:
@@ -86,18 +88,33 @@ def add_with_values(
 
 
 def _layer_problems(layer: FolkloraLayer, adapter_name: str, prefix: str, values: dict[str, Tensor]) -> list[str]:
-    problems = []
+    problems, where = [], f"layer '{layer.name}'"
     update = layer.folklora_updates[adapter_name]
-    for key, parameter in update.named_parameters():
+    for key, own in update.state_dict().items():
         if key in update.unsaved:
             continue
         saved = values.get(prefix + key)
-        if saved is None:
-            problems.append(f"  layer '{layer.name}': no value for {key}")
-        elif saved.shape != parameter.shape:
-            problems.append(f"  layer '{layer.name}': {key} has shape {list(saved.shape)}, not {list(parameter.shape)}")
-        elif not torch.isfinite(saved).all():
-            problems.append(f"  layer '{layer.name}': {key} holds values that are not finite")
-        elif key == "base_sample" and not layer.fits_base(saved):
-            problems.append(f"  layer '{layer.name}': the adapter was made for another base model's weights")
+        found = _value_problems(where, key, own, saved)
+        if key == "base_sample" and not found and not layer.fits_base(saved):
+            found = [f"  {where}: the adapter was made for another base model's weights"]
+        problems += found
     return problems
+
+
+def _shared_problems(layer: FolkloraLayer | None, adapter_name: str, values: dict[str, Tensor]) -> list[str]:
+    prefix = f"{SHARED}.{adapter_name}."
+    saved = {key.removeprefix(prefix): value for key, value in values.items() if key.startswith(prefix)}
+    shared = {} if layer is None or adapter_name not in layer.context.shared else layer.context.shared[adapter_name]
+    where = "what its layers share"
+    problems = [p for key, own in shared.items() for p in _value_problems(where, key, own, saved.get(key))]
+    return problems + [f"  {where}: {key} is not known here" for key in sorted(set(saved) - set(shared))]
+
+
+def _value_problems(where: str, key: str, own: Tensor, saved: Tensor | None) -> list[str]:
+    if saved is None:
+        return [f"  {where}: no value for {key}"]
+    if saved.shape != own.shape:
+        return [f"  {where}: {key} has shape {list(saved.shape)}, not {list(own.shape)}"]
+    if not torch.isfinite(saved).all():
+        return [f"  {where}: {key} holds values that are not finite"]
+    return []

@@ -25,6 +25,14 @@ from folklora.adapters.host.call import CallContext, listen, stop_listening
 from folklora.adapters.host.kinds import LINEAR, TRANSPOSED, kind_of
 from folklora.adapters.host.layer import FolkloraLayer, layers_of
 from folklora.adapters.host.saved import check_saved_values
+from folklora.adapters.host.shared import (
+    SHARED,
+    make_shared,
+    place_shared,
+    remove_shared,
+    shared_values,
+    with_adapter_name,
+)
 from folklora.adapters.host.siblings import link_siblings
 
 
@@ -49,6 +57,7 @@ class FolkloraModel(BaseTuner):
         targets = self.targets(model, config)
         if config.needs and not _awaits_values(config):
             _check_statistics(config, targets)
+        place_shared(model, self._context(), adapter_name, make_shared(config, targets))
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         link_siblings(model)
         if config.statistics is not None:
@@ -85,6 +94,13 @@ class FolkloraModel(BaseTuner):
             self._own_context = CallContext()
             listen(self.model, self._own_context, self.peft_config)
         return self._own_context
+
+    def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
+        # PEFT takes what lies outside its layers for the base's
+        shared = [p for p in self._context().shared.parameters() if p.requires_grad]
+        super()._mark_only_adapters_as_trainable(model)
+        for parameter in shared:
+            parameter.requires_grad_(True)
 
     @classmethod
     def targets(cls, model: nn.Module, config: AdapterConfig) -> dict[str, nn.Module]:
@@ -136,6 +152,7 @@ class FolkloraModel(BaseTuner):
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
         model = super()._unload_and_optionally_merge(*args, **kwargs)
         stop_listening(model)
+        remove_shared(model)
         return model
 
     def _check_merge_allowed(self) -> None:
@@ -215,22 +232,25 @@ class FolkloraModel(BaseTuner):
             for key, value in model.named_parameters()
             if set(key.partition(marker)[2].split(".")).intersection(unwanted_adapter_names)
         }
-        return {key: value for key, value in {**lost, **kept}.items() if key not in derived}
+        whole = {key: value.detach() for key, value in model.named_parameters()}
+        found = {**lost, **shared_values(adapter_name, {**whole, **state_dict}), **kept}
+        return {key: value for key, value in found.items() if key not in derived}
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
         # an update's own parameters may be nested, so the name is not always next to the end
-        marker = ".folklora_updates."
-        head, found, tail = key.partition(marker)
-        if not found:
-            return super()._remove_adapter_name_from_key(key, adapter_name)
-        return head + marker + tail.removeprefix(f"{adapter_name}.")
+        for marker in (".folklora_updates.", f"{SHARED}."):
+            head, found, tail = key.partition(marker)
+            if found:
+                return head + marker + tail.removeprefix(f"{adapter_name}.")
+        return super()._remove_adapter_name_from_key(key, adapter_name)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: AdapterConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         renamed = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        renamed = {with_adapter_name(adapter_name, key): value for key, value in renamed.items()}
         return check_saved_values(model, adapter_name, renamed)
 
 
