@@ -3,8 +3,9 @@
 import importlib
 from typing import Any
 
-from folklora.adapters import AdapterConfig, AMLoRA, KaSA, LoRA, PiSSA, Update
+from folklora.adapters import AdapterConfig, AMLoRA, GenerativeAdapter, KaSA, LoRA, PiSSA, Update
 from folklora.adapters.am_lora import add_task
+from folklora.adapters.contexts import Written, applied, install, write
 from folklora.adapters.host import steps as _steps
 from folklora.adapters.host import tuner as _tuner
 from folklora.adapters.host.export import export_lora
@@ -33,6 +34,7 @@ __all__ = [
     "AdapterConfig",
     "Example",
     "Factors",
+    "GenerativeAdapter",
     "KaSA",
     "LoRA",
     "PiSSA",
@@ -40,14 +42,18 @@ __all__ = [
     "Task",
     "TrainSettings",
     "Update",
+    "Written",
     "activation_penalty",
     "add_task",
+    "applied",
     "check_method",
     "concatenate",
     "export_lora",
     "factored_linear",
+    "install",
     "learn",
     "load_task",
     "methods",
     "penalty",
+    "write",
 ]

@@ -20,6 +20,7 @@ from folklora.adapters.host.steps import activation_penalty
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 ROWS, POSITIONS, VOCABULARY = 4, 6, 61
+_SIZES = {"r": 4, "segments": ROWS}
 _DECOMPOSITIONS = ("eig", "svd", "qr", "geqrf", "cholesky", "lu_factor", "inv_ex", "lstsq", "solve_ex")
 
 
@@ -40,6 +41,12 @@ def llama(layers: int = 2, dtype: torch.dtype = torch.float32) -> LlamaForCausal
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(11)
         return LlamaForCausalLM(config).to(dtype).eval()
+
+
+def sized(factory: type[AdapterConfig], **options: Any) -> AdapterConfig:
+    """A configuration with sizes that fit the tiny model and `batch()`, unless `options` say else."""
+    known = {field.name for field in dataclasses.fields(factory)}
+    return factory(**{name: value for name, value in _SIZES.items() if name in known} | options)
 
 
 def adapted(config: AdapterConfig, layers: int = 2, dtype: torch.dtype = torch.float32) -> PeftModel:

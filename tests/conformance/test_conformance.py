@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from folklora import AMLoRA, KaSA, LoRA, PiSSA, check, methods, tiny
+from folklora import AMLoRA, GenerativeAdapter, KaSA, LoRA, PiSSA, check, methods, tiny
 from folklora.adapters.lora import LoRAUpdate
 
 TARGETS = tiny.TARGETS
@@ -29,6 +29,18 @@ VARIANTS = {
         target_modules=TARGETS,
     ),
     "am-lora as in the paper": AMLoRA(r=3, tasks=2, gate_input="lora", sparsity_on="scores", target_modules=TARGETS),
+    "generative-adapter by reconstruction": GenerativeAdapter(
+        r=5,
+        inter_size=7,
+        max_rank=2,
+        segments=4,
+        layout="reconstruction",
+        target_modules="all-linear",
+        rank_pattern={"o_proj": 3},
+    ),
+    "generative-adapter of another norm": GenerativeAdapter(
+        r=5, norm="frobenius", segments=2, target_modules=["o_proj"]
+    ),
     "kasa without truncation": KaSA(r=3, truncate=0, target_modules=TARGETS),
     "kasa with dropout": KaSA(
         r=3, truncate=5, l3="paper", reduction="sum", rslora=True, dropout=0.3, target_modules="all-linear"

@@ -2,8 +2,9 @@
 
 from folklora.adapters.am_lora import AMLoRA
 from folklora.adapters.base import AdapterConfig, Update
+from folklora.adapters.generative_adapter import GenerativeAdapter
 from folklora.adapters.kasa import KaSA
 from folklora.adapters.lora import LoRA
 from folklora.adapters.pissa import PiSSA
 
-__all__ = ["AMLoRA", "AdapterConfig", "KaSA", "LoRA", "PiSSA", "Update"]
+__all__ = ["AMLoRA", "AdapterConfig", "GenerativeAdapter", "KaSA", "LoRA", "PiSSA", "Update"]

@@ -50,12 +50,38 @@ class Update(nn.Module):
     before: int = 0
     """How many positions the cache of this pass holds; set by the host for gated updates."""
 
+    is_function: ClassVar[bool] = False
+    """Whether the update has no factors and adds `function(x, y)` to the layer's output instead; such a class is
+    `gated` too."""
+    reads_block: ClassVar[bool] = False
+    """Whether it reads the hidden states that enter the block its layer is in, `context.blocks[block_of(name)]`."""
+    decomposes: bool = False
+    """Whether each forward pass takes a matrix decomposition."""
+
+    def placed(self, layer: Any, adapter_name: str) -> None:
+        """Called once when the update is made for a layer of the host, before its values are loaded or moved.
+
+        Args:
+            layer: The `FolkloraLayer`; its `name` and `context` are set, and its `siblings` are what came before.
+            adapter_name: The adapter that the update belongs to.
+        """
+
     def factors(self, x: Tensor | None = None, mask: Tensor | None = None) -> Factors:
         """What is added to W now.
 
         Args:
             x: The layer's input [..., in]; given only to gated updates.
             mask: [batch, positions] with 1 for real tokens, or None where it is not known; given with x.
+        """
+        raise NotImplementedError
+
+    def function(self, x: Tensor, y: Tensor, mask: Tensor | None = None) -> Tensor | None:
+        """What an update that `is_function` adds to the output, [..., out]; None adds nothing.
+
+        Args:
+            x: The layer's input [..., in].
+            y: The base layer's own output [..., out], without any update.
+            mask: [batch, positions] with 1 for real tokens, or None where it is not known.
         """
         raise NotImplementedError
 
@@ -158,6 +184,9 @@ class AdapterConfig(PeftConfig):
             if key in pattern:
                 changes[option] = pattern[key]
         return dataclasses.replace(self, **changes) if changes else self
+
+    def fit(self, model: nn.Module) -> None:
+        """Fill in options that depend on the model; called once, before any layer is chosen."""
 
     def update(self, weight: Tensor) -> Update:
         """A new update for the base weight [out, in], dequantised, on its device."""

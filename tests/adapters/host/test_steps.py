@@ -83,7 +83,7 @@ def two_steps(config: AdapterConfig, shard: Callable[[PeftModel], None] | None =
 
 def sharded_methods() -> dict[str, AdapterConfig]:
     """Every installed method, one with penalties that count, and one with work after each step."""
-    every = {method.name: method.factory(r=4, target_modules=tiny.TARGETS) for method in methods("adapters")}
+    every = {method.name: tiny.sized(method.factory, target_modules=tiny.TARGETS) for method in methods("adapters")}
     return {**every, "penalised": PENALISED, "normed": Normed(r=4, target_modules=tiny.TARGETS)}
 
 

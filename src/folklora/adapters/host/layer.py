@@ -6,7 +6,8 @@ import itertools
 import math
 import weakref
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -37,11 +38,21 @@ class CallContext:
         rows: The adapter of each row of the batch ("__base__" for none), or None where all rows share the active ones.
         masks: Attention masks [batch, positions] of this call, a decoder's own before its encoder's.
         before: How many positions a cache holds that come before this call's.
+        blocks: The hidden states that entered the block that is running, by its name, for updates that read them.
+        entries: The part of each such block that is handed them first.
+        told: What `telling` tells the updates, by the key that they ask for.
     """
 
     rows: list[str] | None = None
     masks: tuple[Tensor, ...] = ()
     before: int = 0
+    blocks: dict[str, Tensor] = field(default_factory=dict)
+    entries: dict[str, str] = field(default_factory=dict)
+    told: dict[str, Any] = field(default_factory=dict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # computing a block again leaves a part of its graph here, which can neither be copied nor pickled
+        return {**self.__dict__, "blocks": {}}
 
     def mask_for(self, x: Tensor) -> Tensor | None:
         """The mask of the very positions of an input [batch, positions, width], if it is known."""
@@ -92,6 +103,7 @@ class FolkloraLayer(nn.Module, BaseTunerLayer):
             self.waiting.add(adapter_name)
         else:
             update = config.update(self.kind.matrix(base))
+        update.placed(self, adapter_name)
         sample = self.sample_base()
         update.base_sample = nn.Parameter(sample.fill_(math.nan) if waiting else sample, requires_grad=False)
         for parameter in update.parameters():
@@ -104,6 +116,11 @@ class FolkloraLayer(nn.Module, BaseTunerLayer):
         update.requires_grad_(trainable)
         self._freeze_non_trainable_peft_weights(adapter_name)
         self.set_adapter(self.active_adapters)
+
+    def siblings(self, adapter_name: str) -> list[Update]:
+        """The adapter's updates on the model's other layers, in the order in which they were made."""
+        layers = [layer for layer in LIVE_LAYERS.values() if layer.context is self.context and layer is not self]
+        return [layer.folklora_updates[adapter_name] for layer in layers if adapter_name in layer.folklora_updates]
 
     def sample_base(self) -> Tensor:
         """SAMPLES evenly spaced elements of the base weight, float32: enough to tell one base from another."""
@@ -132,10 +149,26 @@ class FolkloraLayer(nn.Module, BaseTunerLayer):
             return self.base_layer(x, *args, **kwargs)
         if self.waiting:
             self.admit_loaded(names)
+        functions = [name for name in names if self.folklora_updates[name].is_function]
+        if functions:
+            return self._forward_with_functions(x, functions, [name for name in names if name not in functions])
+        return self._forward_factored(x, names)
+
+    def _forward_factored(self, x: Tensor, names: list[str]) -> Tensor:
         dropped = [name for name in names if self.training and self.dropouts[name] > 0]
         if dropped:
             return self._forward_with_dropout(x, names)
         return self.kind.forward(self.base_layer, x, concatenate([self._factors(name, x) for name in names]))
+
+    def _forward_with_functions(self, x: Tensor, functions: list[str], factored: list[str]) -> Tensor:
+        base = self.base_layer(x)
+        y = self._forward_factored(x, factored) if factored else base
+        for name in functions:
+            added = self.folklora_updates[name].function(x, base, self.context.mask_for(x))
+            if added is not None:
+                gate = self._row_gate(name, x)
+                y = y + (added if gate is None else added * gate)
+        return y
 
     def _forward_with_dropout(self, x: Tensor, names: list[str]) -> Tensor:
         # one draw for the layer, so that adapters with equal dropout lose the same elements
@@ -297,6 +330,27 @@ class FolkloraLayer(nn.Module, BaseTunerLayer):
 def layers_of(model: nn.Module) -> Iterator[FolkloraLayer]:
     """Every layer of `model` that carries Folklora's updates, in the model's order."""
     return (module for module in model.modules() if isinstance(module, FolkloraLayer))
+
+
+@contextmanager
+def telling(model: nn.Module, **what: Any) -> Iterator[None]:
+    """Tell the updates of a model something for the calls within; what was told before comes back afterwards.
+
+    A backward pass that computes activations again (gradient checkpointing) must be within, too.
+
+    Args:
+        model: A model with Folklora adapters.
+        **what: Values by the key that the updates ask for.
+    """
+    contexts = list({id(layer.context): layer.context for layer in layers_of(model)}.values())
+    before = [context.told for context in contexts]
+    for context in contexts:
+        context.told = {**context.told, **what}
+    try:
+        yield
+    finally:
+        for context, told in zip(contexts, before, strict=True):
+            context.told = told
 
 
 def updates_of(model: nn.Module, adapter_name: str) -> Iterator[tuple[FolkloraLayer, Update]]:

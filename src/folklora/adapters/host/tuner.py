@@ -20,6 +20,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from folklora.adapters.base import PEFT_TYPE, AdapterConfig
+from folklora.adapters.host.blocks import block_of, read_block, stop_reading
 from folklora.adapters.host.kinds import LINEAR, TRANSPOSED, kind_of
 from folklora.adapters.host.layer import CallContext, FolkloraLayer, layers_of
 from folklora.adapters.host.saved import check_saved_values
@@ -43,6 +44,7 @@ class FolkloraModel(BaseTuner):
         Raises:
             ValueError: No layer matches, a target cannot be adapted or options do not fit it; every problem is named.
         """
+        self.peft_config[adapter_name].fit(model)
         self._check_targets(model, self.peft_config[adapter_name])
         super().inject_adapter(model, adapter_name, *args, **kwargs)
 
@@ -61,11 +63,14 @@ class FolkloraModel(BaseTuner):
         trainable = adapter_name in self.active_adapters and not config.inference_mode
         if isinstance(target, FolkloraLayer):
             target.add(adapter_name, own, waiting=waiting, trainable=trainable)
-            return
-        layer = FolkloraLayer(target, current_key, self._context())
-        layer.set_adapter(self.active_adapters)
-        layer.add(adapter_name, own, waiting=waiting, trainable=trainable)
-        self._replace_module(parent, target_name, layer, target)
+        else:
+            layer = FolkloraLayer(target, current_key, self._context())
+            layer.set_adapter(self.active_adapters)
+            layer.add(adapter_name, own, waiting=waiting, trainable=trainable)
+            self._replace_module(parent, target_name, layer, target)
+            target = layer
+        if target.folklora_updates[adapter_name].reads_block:
+            read_block(self.model, block_of(current_key), target.context)
 
     def _context(self) -> CallContext:
         existing = next(layers_of(self.model), None)
@@ -123,6 +128,7 @@ class FolkloraModel(BaseTuner):
             for key, hook in list(part._forward_pre_hooks.items()):
                 if isinstance(hook, _MaskReader):
                     del part._forward_pre_hooks[key], part._forward_pre_hooks_with_kwargs[key]
+        stop_reading(model)
         return model
 
     def _check_merge_allowed(self) -> None:
