@@ -3,13 +3,15 @@
 import importlib
 from typing import Any
 
-from folklora.adapters import AdapterConfig, AMLoRA, GenerativeAdapter, KaSA, LoRA, PiSSA, Update
+from folklora.adapters import AdapterConfig, AMLoRA, GenerativeAdapter, KaSA, LoRA, PiSSA, Update, VLAdapter
 from folklora.adapters.am_lora import add_task
 from folklora.adapters.contexts import Written, applied, install, write
 from folklora.adapters.host import steps as _steps
 from folklora.adapters.host import tuner as _tuner
 from folklora.adapters.host.export import export_lora
 from folklora.adapters.host.steps import activation_penalty, penalty
+from folklora.adapters.vision import VisionLanguageModel
+from folklora.adapters.vl_adapter import use_task
 from folklora.factored import Factors, concatenate, factored_linear
 from folklora.methods import methods
 
@@ -42,6 +44,8 @@ __all__ = [
     "Task",
     "TrainSettings",
     "Update",
+    "VLAdapter",
+    "VisionLanguageModel",
     "Written",
     "activation_penalty",
     "add_task",
@@ -55,5 +59,6 @@ __all__ = [
     "load_task",
     "methods",
     "penalty",
+    "use_task",
     "write",
 ]

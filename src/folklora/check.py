@@ -38,6 +38,9 @@ EXCEPTIONS: dict[tuple[str, str], str] = {
     ("generative-adapter", "export"): "each text has a LoRA of its own; folklora.install gives one that exports",
     ("generative-adapter", "mixing"): "its layers read what enters their block, so that none can be called alone",
     ("generative-adapter", "rows"): "while it is trained the rows of a batch are one text, and share the adapter",
+    ("vl-adapter", "merge"): "what it adds is no linear function of the layer's output, so no weight equals it",
+    ("vl-adapter", "unmerge"): "what it adds is no linear function of the layer's output, so no weight equals it",
+    ("vl-adapter", "export"): "what it adds is no linear function of the layer's output, as a LoRA would be",
 }
 """(method, check) -> why the method cannot pass it; the check must then fail."""
 

@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import BartConfig, BartForConditionalGeneration, LlamaConfig, LlamaForCausalLM
 
 from folklora.adapters.base import AdapterConfig
 from folklora.adapters.host.layer import FolkloraLayer, layers_of
@@ -41,6 +41,27 @@ def llama(layers: int = 2, dtype: torch.dtype = torch.float32) -> LlamaForCausal
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(11)
         return LlamaForCausalLM(config).to(dtype).eval()
+
+
+def bart(dtype: torch.dtype = torch.float32) -> BartForConditionalGeneration:
+    """An encoder-decoder of width 32 with two blocks each, the same at every call, in evaluation mode."""
+    config = BartConfig(
+        vocab_size=VOCABULARY,
+        d_model=32,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=48,
+        decoder_ffn_dim=48,
+        max_position_embeddings=64,
+        init_std=0.2,
+        dropout=0.0,
+        forced_eos_token_id=None,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(11)
+        return BartForConditionalGeneration(config).to(dtype).eval()
 
 
 def sized(factory: type[AdapterConfig], **options: Any) -> AdapterConfig:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from folklora import AMLoRA, GenerativeAdapter, KaSA, LoRA, PiSSA, check, methods, tiny
+from folklora import AMLoRA, GenerativeAdapter, KaSA, LoRA, PiSSA, VLAdapter, check, methods, tiny
 from folklora.adapters.lora import LoRAUpdate
 
 TARGETS = tiny.TARGETS
@@ -49,6 +49,10 @@ VARIANTS = {
         r=3, dropout=0.3, target_modules=["embed_tokens", "lm_head", "o_proj"], rank_pattern={"o_proj": 5}
     ),
     "pissa with alpha": PiSSA(r=3, alpha=7, rslora=True, target_modules="all-linear", rank_pattern={"k_proj": 5}),
+    "vl-adapter as compacter": VLAdapter(form="compacter", factor_rank=1, z_penalty=0.1, target_modules="all-linear"),
+    "vl-adapter with tasks of one": VLAdapter(
+        tasks=["vqa", "caption"], reduction_factor=4, target_modules=["o_proj", "down_proj"]
+    ),
 }
 
 

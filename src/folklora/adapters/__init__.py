@@ -6,5 +6,6 @@ from folklora.adapters.generative_adapter import GenerativeAdapter
 from folklora.adapters.kasa import KaSA
 from folklora.adapters.lora import LoRA
 from folklora.adapters.pissa import PiSSA
+from folklora.adapters.vl_adapter import VLAdapter
 
-__all__ = ["AMLoRA", "AdapterConfig", "GenerativeAdapter", "KaSA", "LoRA", "PiSSA", "Update"]
+__all__ = ["AMLoRA", "AdapterConfig", "GenerativeAdapter", "KaSA", "LoRA", "PiSSA", "Update", "VLAdapter"]

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from folklora import AdapterConfig, KaSA, LoRA, PiSSA, methods, tiny
 from folklora.adapters.host.layer import layers_of
+from folklora.methods import find
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 Q0 = "base_model.model.model.layers.0.self_attn.q_proj.folklora_updates."
@@ -61,7 +62,9 @@ def test_a_saved_folder_holds_the_method_and_no_pickle(folder: Path) -> None:
 
 @pytest.mark.parametrize("method", [method.name for method in methods("adapters")])
 def test_every_option_survives_saving(method: str, tmp_path: Path) -> None:
-    config = AdapterConfig(method=method, r=3, target_modules={"v_proj", "q_proj"}, rank_pattern={"q_proj": 2})
+    ranked = "r" in {field.name for field in dataclasses.fields(find(method, "adapters").factory)}
+    options = {"r": 3, "rank_pattern": {"q_proj": 2}} if ranked else {}
+    config = AdapterConfig(method=method, target_modules={"v_proj", "q_proj"}, **options)
     get_peft_model(tiny.llama(), config).save_pretrained(tmp_path)
     for loaded in (PeftConfig.from_pretrained(tmp_path), type(config).from_pretrained(tmp_path)):
         assert type(loaded) is type(config)
