@@ -173,11 +173,11 @@ def check_save(config: AdapterConfig) -> None:
 def check_trainable_count(config: AdapterConfig) -> None:
     """As many parameters are trained as `trainable_count` says."""
     model = tiny.adapted(config)
-    expected = 0
-    for layer in layers_of(model):
-        # not the options given: some are filled in from the model
-        own = model.peft_config["default"].for_module(layer.name)
-        expected += own.trainable_count(layer.kind.shape(layer.get_base_layer()))
+    # not the options given: some are filled in from the model
+    own = model.peft_config["default"]
+    shapes = {layer.name: layer.kind.shape(layer.get_base_layer()) for layer in layers_of(model)}
+    expected = own.shared_count(shapes)
+    expected += sum(own.for_module(name).trainable_count(shape) for name, shape in shapes.items())
     found, _ = model.get_nb_trainable_parameters()
     tiny.require(found == expected, f"{found} parameters are trained, trainable_count says {expected}")
 

@@ -50,6 +50,9 @@ VARIANTS = {
     ),
     "pissa with alpha": PiSSA(r=3, alpha=7, rslora=True, target_modules="all-linear", rank_pattern={"k_proj": 5}),
     "vl-adapter as compacter": VLAdapter(form="compacter", factor_rank=1, z_penalty=0.1, target_modules="all-linear"),
+    "vl-adapter as hyperformer": VLAdapter(
+        form="hyperformer", embedding_size=9, hyper_hidden=7, projected_size=4, target_modules=["o_proj", "down_proj"]
+    ),
     "vl-adapter with tasks of one": VLAdapter(
         tasks=["vqa", "caption"], reduction_factor=4, target_modules=["o_proj", "down_proj"]
     ),

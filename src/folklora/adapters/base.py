@@ -196,6 +196,10 @@ class AdapterConfig(PeftConfig):
         """An update of the same shapes with no decomposition done, to be filled with saved values."""
         raise NotImplementedError
 
+    def shared_count(self, layers: dict[str, tuple[int, int]]) -> int:
+        """How many parameters are trained that `layers` (name → (out, in)) have in common."""
+        return 0
+
     def check(self, shape: tuple[int, int], name: str) -> list[str]:
         """What speaks against these options on the layer `name` with a weight of `shape`; nothing if empty."""
         limit = min(shape)

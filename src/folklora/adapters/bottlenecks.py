@@ -119,8 +119,8 @@ class Generated(nn.Module):
     def weights(self, task: int, block: str, kind: str) -> dict[str, Tensor]:
         """W_d [b, d] ("down"), b_d, W_u [d, b] ("up") and b_u of one adapter."""
         e = torch.cat([self.task[task], self.block[block]])
-        e = self.norm(self.outer(torch.relu(self.inner(e))))
-        made = {name: generator(e) for name, generator in self.kinds[kind].items()}
+        e = self.norm(_of_vector(self.outer, torch.relu(_of_vector(self.inner, e))))
+        made = {name: _of_vector(generator, e) for name, generator in self.kinds[kind].items()}
         made["down"] = made["down"].view(self.bottleneck, self.width)
         made["up"] = made["up"].view(self.width, self.bottleneck)
         return made
@@ -132,6 +132,11 @@ class Generated(nn.Module):
         network = (2 * embedding + 1) * hidden + (hidden + 1) * projected + 2 * projected
         made = 2 * width * bottleneck + width + bottleneck
         return (tasks + blocks) * embedding + network + kinds * (projected + 1) * made
+
+
+def _of_vector(layer: nn.Linear, e: Tensor) -> Tensor:
+    # a matrix product with one vector rounds by where the matrix lies in memory, so that a loaded adapter would differ
+    return (layer.weight * e).sum(-1) + layer.bias
 
 
 def _generator(columns: int, out: int) -> nn.Linear:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
@@ -170,7 +171,7 @@ class VLAdapter(AdapterConfig):
         return VLAdapterUpdate(self, shape)
 
     def trainable_count(self, shape: tuple[int, int]) -> int:
-        """Of the site's own adapters; a Hyperformer's sites have none (see `generated_count`)."""
+        """Of the site's own adapters; a Hyperformer's sites have none (see `shared_count`)."""
         if self.form == "hyperformer":
             return 0
         width, inner = shape[0], self.bottleneck(shape)
@@ -180,9 +181,25 @@ class VLAdapter(AdapterConfig):
             inner, width, *options
         )
 
-    def generated_count(self, width: int, blocks: int, kinds: int) -> int:
-        """Of a Hyperformer's network for a stack of `blocks` blocks with `kinds` kinds of sites of width d."""
-        return Generated.count(width, self.bottleneck((width, 0)), len(self.tasks), blocks, kinds, self.generator_sizes)
+    def shared_count(self, layers: dict[str, tuple[int, int]]) -> int:
+        """Of the Hyperformers' networks, one a stack of blocks."""
+        if self.form != "hyperformer":
+            return 0
+        stacks: dict[str, list[tuple[str, str, tuple[int, int]]]] = defaultdict(list)
+        for name, shape in layers.items():
+            stack, block, kind = _site(name)
+            stacks[stack].append((block, kind, shape))
+        return sum(
+            Generated.count(
+                sites[0][2][0],
+                self.bottleneck(sites[0][2]),
+                len(self.tasks),
+                len({block for block, _, _ in sites}),
+                len({kind for _, kind, _ in sites}),
+                self.generator_sizes,
+            )
+            for sites in stacks.values()
+        )
 
     def bottleneck(self, shape: tuple[int, int]) -> int:
         """d/ρ of a site whose weight is of `shape` (d, in)."""
@@ -233,10 +250,7 @@ class VLAdapterUpdate(Update):
         self.context = layer.context
         if self.config.form != "hyperformer":
             return
-        block = block_of(layer.name)
-        self.stack, _, self.block = block.rpartition(".")
-        inside = layer.name.removeprefix(block)
-        self.kind = "cross" if _CROSS.search(inside) else "self" if _ATTENTION.search(inside) else "ff"
+        self.stack, self.block, self.kind = _site(layer.name)
         first = next((other for other in layer.siblings(adapter_name) if other.stack == self.stack), None)
         if first is None:
             config = self.config
@@ -313,6 +327,14 @@ def use_task(model: nn.Module, task: str | None) -> None:
         )
     for layer in layers:
         layer.context.told = {**layer.context.told, "task": task}
+
+
+def _site(name: str) -> tuple[str, str, str]:
+    """The stack of blocks that a layer is in, its block there, and its kind: "cross", "self" or "ff"."""
+    block = block_of(name)
+    stack, _, number = block.rpartition(".")
+    inside = name.removeprefix(block)
+    return stack, number, "cross" if _CROSS.search(inside) else "self" if _ATTENTION.search(inside) else "ff"
 
 
 def _trained_whole(model: nn.Module, norms: bool) -> Iterator[str]:
