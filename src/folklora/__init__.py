@@ -5,7 +5,7 @@ from typing import Any
 
 from folklora.adapters import AdapterConfig, AMLoRA, GenerativeAdapter, KaSA, LoRA, PiSSA, Update, VLAdapter
 from folklora.adapters.am_lora import add_task
-from folklora.adapters.contexts import Written, applied, install, write
+from folklora.adapters.contexts import Written, applied, write
 from folklora.adapters.host import steps as _steps
 from folklora.adapters.host import tuner as _tuner
 from folklora.adapters.host.export import export_lora
@@ -54,7 +54,6 @@ __all__ = [
     "concatenate",
     "export_lora",
     "factored_linear",
-    "install",
     "learn",
     "load_task",
     "methods",

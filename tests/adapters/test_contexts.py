@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from folklora import GenerativeAdapter, Written, applied, export_lora, install, tiny, write
+from folklora import GenerativeAdapter, Written, applied, export_lora, tiny, write
 from folklora.adapters.contexts import instruction_batch, pretraining_batch, windows
 from folklora.adapters.host.layer import layers_of, telling, updates_of
 
@@ -138,7 +138,8 @@ def test_installed_as_a_lora_it_computes_the_same_merges_saves_and_exports(tmp_p
     written = write(net, text())
     with applied(net, written):
         expected = logits(net)
-    install(net, written, "notes")
+    written.install(net, "notes")
+    assert net.active_adapters == ["default"]
     net.set_adapter("notes")
     close(logits(net), expected)
     for layer, update in updates_of(net, "notes"):
@@ -161,7 +162,7 @@ def test_without_truncation_the_lora_has_the_rank_of_the_generator(norm: str):
     written = write(net, text())
     with applied(net, written):
         expected = logits(net)
-    install(net, written, "notes")
+    written.install(net, "notes")
     assert {update.A.shape[0] for _, update in updates_of(net, "notes")} == {5}
     net.set_adapter("notes")
     close(logits(net), expected)
@@ -172,7 +173,7 @@ def test_ranks_above_a_layer_are_cut_to_what_it_can_hold():
     written = write(net, text())
     with applied(net, written):
         expected = logits(net)
-    install(net, written, "notes")
+    written.install(net, "notes")
     # v_proj is [16, 32], o_proj [32, 32]
     assert {update.A.shape[0] for _, update in updates_of(net, "notes")} == {16, 30}
     net.set_adapter("notes")
@@ -197,7 +198,7 @@ def test_another_generators_state_is_refused(tmp_path: Path):
     written = write(net, text())
     for refused in (
         lambda: applied(other, written).__enter__(),
-        lambda: install(other, written, "notes"),
+        lambda: written.install(other, "notes"),
         lambda: write(other, text(), onto=written),
     ):
         with pytest.raises(ValueError, match=r"by another generator on layer 'model\.layers\.0"):
@@ -225,9 +226,9 @@ def test_what_cannot_be_written_is_refused():
         write(net, text(), adapter_name="other")
     with pytest.raises(ValueError, match="strategy must be sequential or parallel"):
         write(net, text(), strategy="concat")
-    install(net, write(net, text()), "notes")
+    write(net, text()).install(net, "notes")
     with pytest.raises(ValueError, match="an adapter 'notes' already"):
-        install(net, write(net, text()), "notes")
+        write(net, text()).install(net, "notes")
     net.set_adapter("notes")
     with pytest.raises(ValueError, match="adapter 'default' is not active"):
         write(net, text())

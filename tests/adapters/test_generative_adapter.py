@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from folklora import GenerativeAdapter, LoRA, tiny
 from folklora.adapters.generative_adapter import GenerativeUpdate
-from folklora.adapters.host.layer import layers_of, updates_of
+from folklora.adapters.host.layer import layers_of, telling, updates_of
 
 D, IN, R1, R2 = 12, 10, 6, 5
 TARGETS = ["o_proj"]
@@ -111,13 +111,32 @@ def test_it_computes_what_the_formulas_say(norm: str, layout: str):
 
 
 def test_the_first_step_computes_the_base():
-    torch.manual_seed(1)
     model = get_peft_model(net(), GenerativeAdapter(r=R2, target_modules=["o"], hidden_size=D, segments=3))
     assert torch.equal(model(inputs()), net()(inputs()))
 
 
 def test_without_segments_and_without_anything_applied_it_computes_the_base():
-    assert torch.equal(toy(segments=1)(inputs()), net()(inputs()))
+    model = toy(segments=1)
+    assert torch.equal(model.eval()(inputs()), net()(inputs()))
+    with pytest.raises(ValueError, match="with segments=1 there is nothing to train"):
+        model.train()(inputs())
+    with torch.no_grad():
+        assert torch.equal(model(inputs()), net()(inputs()))
+
+
+@torch.no_grad()
+def test_without_norm_what_is_applied_is_linear_attention_over_the_text():
+    model, text, x = toy(), inputs(1)[0], inputs(2, seed=5)
+    layer, update = next(updates_of(model, "default"))
+    inner = torch.randn(2, 4, IN, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    expected = layer.get_base_layer()(inner)
+    for h in text:
+        u = h / (h.square().mean() + 1e-6).sqrt() * update.g
+        k, v = update.A2 @ u, update.A3 @ u
+        expected = expected + 8.0 / R2 * (inner @ update.A1.T @ k).unsqueeze(-1) * (update.B @ v)
+    with telling(model, cores={("default", layer.name): update.statistic(text[None])}):
+        torch.testing.assert_close(layer(inner), expected, rtol=0, atol=1e-12)
+        assert not torch.allclose(model(x), net()(x))
 
 
 def test_what_segments_write_adds_up_and_padding_and_order_do_not_count():

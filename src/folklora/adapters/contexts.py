@@ -45,6 +45,44 @@ class Written:
         states = {name: S + other.states[name] for name, S in self.states.items()}
         return Written(states, self.samples, self.tokens + other.tokens)
 
+    @torch.no_grad()
+    def install(self, model: nn.Module, name: str, adapter_name: str = "default") -> None:
+        """Put what was written on the model as a plain LoRA, an adapter like others: it merges, saves, exports, mixes.
+
+        The factors are fixed: later training of the generator and later writing leave them alone.
+
+        Args:
+            model: The PEFT model that wrote it.
+            name: The new adapter's name; it is not made active.
+            adapter_name: The adapter that wrote.
+
+        Raises:
+            ValueError: The name is taken, the model has no such adapter, or the state is another generator's.
+        """
+        if name in model.peft_config:
+            raise ValueError(f"the model has an adapter '{name}' already; choose another name")
+        updates = generators(model, adapter_name)
+        _check_generator(updates, self)
+        factors = {}
+        for layer, update in updates_of(model, adapter_name):
+            A, B = update.written(self.states[layer.name].to(update.A1.device))
+            limit = min(A.shape[0], A.shape[1], B.shape[0], update.config.inner)
+            if update.config.norm == "svd":
+                limit = min(limit, update.config.max_rank)
+            factors[layer.name] = Factors(A, 1.0, B).truncate(limit)
+        ranks = {key: part.rank for key, part in factors.items()}
+        common = max(ranks.values())
+        # anchored patterns: PEFT matches a key against the end of a name
+        others = {f"^{key}": rank for key, rank in ranks.items() if rank != common}
+        config = LoRA(
+            r=common, alpha=common, rank_pattern=others, alpha_pattern=dict(others), target_modules=sorted(factors)
+        )
+        model.add_adapter(name, config)
+        for layer, update in updates_of(model, name):
+            A, B = factors[layer.name].to_lora()
+            update.A.copy_(A)
+            update.B.copy_(B)
+
     def save(self, path: str | Path) -> None:
         """Write the state as one safetensors file, whole or not at all."""
         path = Path(path)
@@ -151,46 +189,6 @@ def applied(
     cores = _cores(updates, [None if row is None else row.states for row in rows], adapter_name)
     with telling(model, cores=cores):
         yield
-
-
-@torch.no_grad()
-def install(model: nn.Module, written: Written, name: str, adapter_name: str = "default") -> None:
-    """Put what was written on the model as a plain LoRA, an adapter like others: it merges, saves, exports, mixes.
-
-    The factors are fixed: later training of the generator and later writing leave them alone.
-
-    Args:
-        model: The PEFT model that wrote it.
-        written: The state.
-        name: The new adapter's name; it is not made active.
-        adapter_name: The adapter that wrote.
-
-    Raises:
-        ValueError: The name is taken, the model has no such adapter, or the state is another generator's.
-    """
-    if name in model.peft_config:
-        raise ValueError(f"the model has an adapter '{name}' already; choose another name")
-    updates = generators(model, adapter_name)
-    _check_generator(updates, written)
-    factors = {}
-    for layer, update in updates_of(model, adapter_name):
-        A, B = update.written(written.states[layer.name].to(update.A1.device))
-        limit = min(A.shape[0], A.shape[1], B.shape[0], update.config.inner)
-        if update.config.norm == "svd":
-            limit = min(limit, update.config.max_rank)
-        factors[layer.name] = Factors(A, 1.0, B).truncate(limit)
-    ranks = {key: part.rank for key, part in factors.items()}
-    common = max(ranks.values())
-    # anchored patterns: PEFT matches a key against the end of a name
-    others = {f"^{key}": rank for key, rank in ranks.items() if rank != common}
-    config = LoRA(
-        r=common, alpha=common, rank_pattern=others, alpha_pattern=dict(others), target_modules=sorted(factors)
-    )
-    model.add_adapter(name, config)
-    for layer, update in updates_of(model, name):
-        A, B = factors[layer.name].to_lora()
-        update.A.copy_(A)
-        update.B.copy_(B)
 
 
 def generators(model: nn.Module, adapter_name: str = "default") -> dict[str, GenerativeUpdate]:

@@ -37,8 +37,8 @@ class GenerativeAdapter(AdapterConfig):
     that, and row n + j of the second half sees rows 0 ... j (repeat a piece of them). The loss is the language
     model's own on all rows. `folklora.adapters.contexts` lays batches out (`pretraining_batch`, `instruction_batch`).
     Use: `folklora.write` gives an adapter state, `folklora.applied` puts it (or one a row) under later calls,
-    `folklora.install` makes it a plain LoRA on the model, which merges, saves and exports. With `segments=1` a call
-    under which nothing is applied computes the base, and nothing is trained.
+    `Written.install` makes it a plain LoRA on the model, which merges, saves and exports. Within `applied` rows are
+    never taken for segments of a text; `applied(model, None)` is the base.
 
     Directions of S below `tolerance` σ₁ are dropped: the authors' code gives them the value 1 where a text has fewer
     tokens than `max_rank`, which is noise. Its gradient is a closed form that is finite where singular values
@@ -199,6 +199,11 @@ class GenerativeUpdate(Update):
             M = told["cores"].get(self.key)
         elif self.config.segments > 1:
             M = self._segments(self._entering(x), mask)
+        elif self.training and torch.is_grad_enabled() and self.A1.requires_grad:
+            raise ValueError(
+                "a GenerativeAdapter is trained on texts cut into segments, and with segments=1 there is nothing to "
+                "train: set segments, and lay batches out with folklora.adapters.contexts"
+            )
         else:
             M = None
         return None if M is None else self._applied(x, M).to(y.dtype)
