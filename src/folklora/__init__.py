@@ -12,6 +12,7 @@ from folklora.adapters import (
     CoDyRA,
     CorDA,
     DiffoRA,
+    GenerativeAdapter,
     KaSA,
     LoRA,
     LoRASB,
@@ -22,9 +23,11 @@ from folklora.adapters import (
     SoMA,
     SVFit,
     Update,
+    VLAdapter,
 )
 from folklora.adapters.am_lora import add_task
 from folklora.adapters.calibrate import calibrate
+from folklora.adapters.contexts import Written, applied, write
 from folklora.adapters.host import steps as _steps
 from folklora.adapters.host import tuner as _tuner
 from folklora.adapters.host.call import classes
@@ -32,6 +35,8 @@ from folklora.adapters.host.export import export_lora
 from folklora.adapters.host.steps import activation_penalty, penalty
 from folklora.adapters.schedules import anneal_weight_decay, cosine_weight_decay, early_blocks
 from folklora.adapters.statistics import Statistics
+from folklora.adapters.vision import VisionLanguageModel
+from folklora.adapters.vl_adapter import use_task
 from folklora.factored import Factors, concatenate, factored_linear
 from folklora.methods import methods
 
@@ -62,6 +67,7 @@ __all__ = [
     "DiffoRA",
     "Example",
     "Factors",
+    "GenerativeAdapter",
     "KaSA",
     "LoRA",
     "LoRASB",
@@ -76,9 +82,13 @@ __all__ = [
     "Task",
     "TrainSettings",
     "Update",
+    "VLAdapter",
+    "VisionLanguageModel",
+    "Written",
     "activation_penalty",
     "add_task",
     "anneal_weight_decay",
+    "applied",
     "calibrate",
     "check_method",
     "classes",
@@ -91,4 +101,6 @@ __all__ = [
     "load_task",
     "methods",
     "penalty",
+    "use_task",
+    "write",
 ]

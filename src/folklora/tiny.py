@@ -13,7 +13,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import BartConfig, BartForConditionalGeneration, LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from folklora.adapters.base import AdapterConfig
@@ -24,6 +24,7 @@ from folklora.adapters.host.steps import activation_penalty
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 ROWS, POSITIONS, VOCABULARY = 4, 6, 61
 CLASSES = [0, 1, 0, -1]
+_SIZES = {"r": 4, "segments": ROWS}
 _DECOMPOSITIONS = ("eig", "svd", "qr", "geqrf", "cholesky", "lu_factor", "inv_ex", "lstsq", "solve_ex")
 
 
@@ -70,6 +71,33 @@ def _as_conv1d(linear: nn.Linear) -> Conv1D:
     layer = Conv1D(linear.out_features, linear.in_features)
     layer.weight.data, layer.bias.data = linear.weight.data.T.contiguous(), linear.bias.data.clone()
     return layer
+
+
+def bart(dtype: torch.dtype = torch.float32) -> BartForConditionalGeneration:
+    """An encoder-decoder of width 32 with two blocks each, the same at every call, in evaluation mode."""
+    config = BartConfig(
+        vocab_size=VOCABULARY,
+        d_model=32,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=48,
+        decoder_ffn_dim=48,
+        max_position_embeddings=64,
+        init_std=0.2,
+        dropout=0.0,
+        forced_eos_token_id=None,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(11)
+        return BartForConditionalGeneration(config).to(dtype).eval()
+
+
+def sized(factory: type[AdapterConfig], **options: Any) -> AdapterConfig:
+    """A configuration with sizes that fit the tiny model and `batch()`, unless `options` say else."""
+    known = {field.name for field in dataclasses.fields(factory)}
+    return factory(**{name: value for name, value in _SIZES.items() if name in known} | options)
 
 
 def adapted(config: AdapterConfig, layers: int = 2, dtype: torch.dtype = torch.float32) -> PeftModel:

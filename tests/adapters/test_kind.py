@@ -202,7 +202,9 @@ def test_it_cannot_merge_or_export_and_says_what_to_do(tmp_path: Path) -> None:
         ValueError, match=r"its update depends on the class of each row \(folklora\.adapters\.kind\.ext"
     ):
         adapted().merge_adapter()
-    with pytest.raises(ValueError, match=r"its gates read the class of each row \(folklora\.adapters\.kind\.extract"):
+    with pytest.raises(
+        ValueError, match=r"its update depends on the class of each row \(folklora\.adapters\.kind\.extract"
+    ):
         export_lora(adapted(), tmp_path / "lora")
 
 

@@ -321,7 +321,7 @@ def test_it_has_no_fixed_weight(tmp_path: Path) -> None:
     for options in ({}, {"k": R}):
         with pytest.raises(ValueError, match="cannot be merged into layer 'q': its update depends on each layer's inp"):
             adapted(**options).merge_adapter()
-        with pytest.raises(ValueError, match="its gates read each layer's input"):
+        with pytest.raises(ValueError, match="its update depends on each layer's input"):
             export_lora(adapted(**options), tmp_path / "lora")
 
 

@@ -15,6 +15,7 @@ from folklora import (
     CoDyRA,
     CorDA,
     DiffoRA,
+    GenerativeAdapter,
     KaSA,
     LoRA,
     LoRASB,
@@ -23,6 +24,7 @@ from folklora import (
     RandLoRA,
     SMoRA,
     SVFit,
+    VLAdapter,
     check,
     methods,
     tiny,
@@ -56,6 +58,18 @@ VARIANTS = {
         shared_r=2,
         target_modules=TARGETS,
         selected=["model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj"],
+    ),
+    "generative-adapter by reconstruction": GenerativeAdapter(
+        r=5,
+        inter_size=7,
+        max_rank=2,
+        segments=4,
+        layout="reconstruction",
+        target_modules="all-linear",
+        rank_pattern={"o_proj": 3},
+    ),
+    "generative-adapter of another norm": GenerativeAdapter(
+        r=5, norm="frobenius", segments=2, target_modules=["o_proj"]
     ),
     "kasa without truncation": KaSA(r=3, truncate=0, target_modules=TARGETS),
     "kasa with dropout": KaSA(
@@ -108,6 +122,13 @@ VARIANTS = {
         r=3, alpha=7, dropout=0.3, peak_learning_rate=0.03, reduction="sum", target_modules="all-linear"
     ),
     "svfit by energy": SVFit(energy=0.9, energy_of="s", target_modules=["embed_tokens", "lm_head", *TARGETS]),
+    "vl-adapter as compacter": VLAdapter(form="compacter", factor_rank=1, z_penalty=0.1, target_modules="all-linear"),
+    "vl-adapter as hyperformer": VLAdapter(
+        form="hyperformer", embedding_size=9, hyper_hidden=7, projected_size=4, target_modules=["o_proj", "down_proj"]
+    ),
+    "vl-adapter with tasks of one": VLAdapter(
+        tasks=["vqa", "caption"], reduction_factor=4, target_modules=["o_proj", "down_proj"]
+    ),
 }
 
 

@@ -5,6 +5,7 @@ from folklora.adapters.base import AdapterConfig, Update
 from folklora.adapters.codyra import CoDyRA
 from folklora.adapters.corda import CorDA
 from folklora.adapters.diffora import DiffoRA
+from folklora.adapters.generative_adapter import GenerativeAdapter
 from folklora.adapters.kasa import KaSA
 from folklora.adapters.kind import KIND
 from folklora.adapters.lora import LoRA
@@ -17,6 +18,7 @@ from folklora.adapters.smora import SMoRA
 from folklora.adapters.soma import SoMA
 from folklora.adapters.sorsa import SORSA
 from folklora.adapters.svfit import SVFit
+from folklora.adapters.vl_adapter import VLAdapter
 
 __all__ = [
     "KIND",
@@ -27,6 +29,7 @@ __all__ = [
     "CoDyRA",
     "CorDA",
     "DiffoRA",
+    "GenerativeAdapter",
     "KaSA",
     "LoRA",
     "LoRASB",
@@ -37,4 +40,5 @@ __all__ = [
     "SVFit",
     "SoMA",
     "Update",
+    "VLAdapter",
 ]

@@ -41,10 +41,12 @@ class Update(nn.Module):
     gated: ClassVar[bool] = False
     """Whether `factors` depends on the layer's input; such an update cannot be merged or exported."""
     depends_on: ClassVar[str] = "each layer's input"
-    """What the factors of a gated update depend on, in words for messages."""
+    """What a gated update depends on, in words for messages."""
     reads_classes: ClassVar[bool] = False
-    """Whether `factors` of a gated update takes a third argument, what `class_gate` makes of the classes of the rows,
-    [batch, 1, ..., n]."""
+    """Whether `factors` (or `function`) of a gated update takes one more argument, what `class_gate` makes of the
+    classes of the rows, [batch, 1, ..., n]."""
+    counts_passes: ClassVar[bool] = False
+    """Whether the gradient of what `factors` gave adds to a count, so that none may be made in advance and left."""
     starts_at_base: bool = True
     """Whether the first step sees the base model's output; False where a method changes it by design."""
     needs_full_sequence: bool = False
@@ -62,12 +64,38 @@ class Update(nn.Module):
     shared: nn.ParameterDict | None = None
     """What all layers of the adapter have in common, by name; kept once, at the model's root, not in this module."""
 
+    is_function: ClassVar[bool] = False
+    """Whether the update has no factors and adds `function(x, y)` to the layer's output instead; such a class is
+    `gated` too."""
+    reads_block: ClassVar[bool] = False
+    """Whether it reads the hidden states that enter the block its layer is in, `context.blocks[block_of(name)]`."""
+    decomposes: bool = False
+    """Whether each forward pass takes a matrix decomposition."""
+
+    def placed(self, layer: Any, adapter_name: str) -> None:
+        """Called once when the update is made for a layer of the host, before its values are loaded or moved.
+
+        Args:
+            layer: The `FolkloraLayer`; its `name` and `context` are set; `updates_elsewhere` gives those made before.
+            adapter_name: The adapter that the update belongs to.
+        """
+
     def factors(self, x: Tensor | None = None, mask: Tensor | None = None) -> Factors:
         """What is added to W now.
 
         Args:
             x: The layer's input [..., in]; given only to gated updates.
             mask: [batch, positions] with 1 for real tokens, or None where it is not known; given with x.
+        """
+        raise NotImplementedError
+
+    def function(self, x: Tensor, y: Tensor, mask: Tensor | None = None) -> Tensor | None:
+        """What an update that `is_function` adds to the output, [..., out]; None adds nothing.
+
+        Args:
+            x: The layer's input [..., in].
+            y: The base layer's own output [..., out], without any update.
+            mask: [batch, positions] with 1 for real tokens, or None where it is not known.
         """
         raise NotImplementedError
 
@@ -211,6 +239,9 @@ class AdapterConfig(PeftConfig):
             if key in pattern:
                 changes[option] = pattern[key]
         return self.changed(**changes) if changes else self
+
+    def fit(self, model: nn.Module) -> None:
+        """Fill in options that depend on the model; called once, before any layer is chosen."""
 
     def chosen_rank(self, weight: Tensor) -> int | None:
         """The rank that the method reads from the base weight [out, in]; None where the options give it.

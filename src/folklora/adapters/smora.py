@@ -135,6 +135,7 @@ class SMoRAUpdate(Update):
     frozen: ClassVar[frozenset[str]] = frozenset({"balance"})
     stepped: ClassVar[frozenset[str]] = frozen
     gated: ClassVar[bool] = True
+    counts_passes: ClassVar[bool] = True
 
     def __init__(self, A: nn.Parameter, B: nn.Parameter, router: nn.Parameter, config: SMoRA) -> None:
         super().__init__()

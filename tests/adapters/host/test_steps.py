@@ -92,10 +92,7 @@ def balances(rows: Tensor) -> list[Tensor]:
 
 def sharded_methods() -> dict[str, AdapterConfig]:
     """Every installed method, one whose layers share trained parameters, one with penalties, one with after-steps."""
-    every = {
-        method.name: method.factory(target_modules=tiny.TARGETS, **({"r": 4} if hasattr(method.factory, "r") else {}))
-        for method in methods("adapters")
-    }
+    every = {method.name: tiny.sized(method.factory, target_modules=tiny.TARGETS) for method in methods("adapters")}
     every["shared pairs"] = DiffoRA(r=4, target_modules=tiny.TARGETS, selected=["model.layers.0.self_attn.q_proj"])
     return {**every, "penalised": PENALISED, "normed": Normed(r=4, target_modules=tiny.TARGETS)}
 

@@ -29,6 +29,9 @@ class CallContext:
         before: How many positions a cache holds that come before this call's.
         classes: For each adapter that reads classes, its gate [rows, classes], or why it cannot read those given.
         classes_in_block: The same, of the block of `folklora.classes` that is open; it holds for several calls.
+        blocks: The hidden states that entered the block that is running, by its name, for updates that read them.
+        entries: The part of each such block that is handed them first.
+        told: What `telling` tells the updates, by the key that they ask for; replaced as a whole, never added to.
         shared: What the layers of each adapter have in common, by adapter; the model's root has it too.
     """
 
@@ -37,7 +40,14 @@ class CallContext:
     before: int = 0
     classes: dict[str, Tensor | ValueError] | None = None
     classes_in_block: dict[str, Tensor | ValueError] | None = None
+    blocks: dict[str, Tensor] = field(default_factory=dict)
+    entries: dict[str, str] = field(default_factory=dict)
+    told: dict[str, Any] = field(default_factory=dict)
     shared: nn.ModuleDict = field(default_factory=nn.ModuleDict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # computing a block again leaves a part of its graph here, which can neither be copied nor pickled
+        return {**self.__dict__, "blocks": {}}
 
     def mask_for(self, x: Tensor) -> Tensor | None:
         """The mask of the very positions of an input [batch, positions, width], if it is known."""
@@ -133,6 +143,30 @@ def classes(model: nn.Module, labels: Tensor | Sequence[int]) -> Iterator[None]:
         yield
     finally:
         context.classes, context.classes_in_block = before
+
+
+@contextmanager
+def telling(model: nn.Module, **what: Any) -> Iterator[None]:
+    """Tell the updates of a model something for the calls within; what was told before comes back afterwards.
+
+    A backward pass that computes activations again must be within, too, where `torch.utils.checkpoint` is called by
+    hand; gradient checkpointing of `transformers` remembers what each pass was told.
+
+    Args:
+        model: A model with Folklora adapters.
+        **what: Values by the key that the updates ask for.
+    """
+    from folklora.adapters.host.layer import layers_of
+
+    contexts = list({id(layer.context): layer.context for layer in layers_of(model)}.values())
+    before = [context.told for context in contexts]
+    for context in contexts:
+        context.told = {**context.told, **what}
+    try:
+        yield
+    finally:
+        for context, told in zip(contexts, before, strict=True):
+            context.told = told
 
 
 def class_gates(configs: dict[str, AdapterConfig], labels: Tensor) -> dict[str, Tensor | ValueError]:

@@ -71,7 +71,7 @@ def _check_exportable(adapter_name: str, pairs: list[tuple[FolkloraLayer, Update
     gated = next((update for _, update in pairs if update.gated), None)
     if gated is not None:
         raise ValueError(
-            f"adapter '{adapter_name}' has no plain LoRA form: its gates read {gated.depends_on} "
+            f"adapter '{adapter_name}' has no plain LoRA form: its update depends on {gated.depends_on} "
             f"({type(gated).__name__}), and a LoRA is the same for every input"
         )
     embedding = next((layer.name for layer, _ in pairs if layer.kind.name == "embedding"), None)

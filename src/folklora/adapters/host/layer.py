@@ -86,6 +86,7 @@ class FolkloraLayer(nn.Module, BaseTunerLayer):
             update = config.update(matrix, stats)
         else:
             update = config.update(self.kind.matrix(base))
+        update.placed(self, adapter_name)
         sample = self.sample_base()
         bias = getattr(base, "bias", None) if config.train_bias else None
         update.register_parameter("bias_change", None if bias is None else zeros(*bias.shape, like=bias))
@@ -110,6 +111,11 @@ class FolkloraLayer(nn.Module, BaseTunerLayer):
             return {}
         made = update.derive(self.kind.matrix(self.get_base_layer()), saved, self.name)
         return {key: value.contiguous() for key, value in made.items()}
+
+    def updates_elsewhere(self, adapter_name: str) -> list[Update]:
+        """The adapter's updates on the model's other layers, in the order in which they were made."""
+        layers = [layer for layer in LIVE_LAYERS.values() if layer.context is self.context and layer is not self]
+        return [layer.folklora_updates[adapter_name] for layer in layers if adapter_name in layer.folklora_updates]
 
     def sample_base(self) -> Tensor:
         """SAMPLES evenly spaced elements of the base weight, float32: enough to tell one base from another."""
@@ -138,6 +144,12 @@ class FolkloraLayer(nn.Module, BaseTunerLayer):
             return self.base_layer(x, *args, **kwargs)
         if self.waiting:
             self.admit_loaded(names)
+        functions = [name for name in names if self.folklora_updates[name].is_function]
+        if functions:
+            return self._forward_with_functions(x, functions, [name for name in names if name not in functions])
+        return self._forward_factored(x, names)
+
+    def _forward_factored(self, x: Tensor, names: list[str]) -> Tensor:
         dropped = [name for name in names if self.training and self.dropouts[name] > 0]
         if dropped:
             return self._forward_with_dropout(x, names)
@@ -154,7 +166,10 @@ class FolkloraLayer(nn.Module, BaseTunerLayer):
         return self._with_biases(y, x, names)
 
     def current_factors(self, x: Tensor) -> Factors | None:
-        """All that the active adapters add for x, or None where the layer's call would not be the base's plus that."""
+        """All that the active adapters add for x; None where the layer's call would not be the base's plus that.
+
+        And none where one of them counts its passes: a sibling asks before it is sure that this layer reads x.
+        """
         names = self._names_in_use()
         if not names or self._disable_adapters or self.merged_adapters:
             return None
@@ -162,11 +177,25 @@ class FolkloraLayer(nn.Module, BaseTunerLayer):
             self.admit_loaded(names)
         if self.training and any(self.dropouts[name] > 0 for name in names):
             return None
+        updates = [self.folklora_updates[name] for name in names]
+        if any(update.is_function or update.counts_passes for update in updates):
+            return None
         return self._sum(names, x)
 
     def _sum(self, names: list[str], x: Tensor) -> Factors:
         made = self._corrections_made(names)
         return concatenate([self._factors(name, x, corrects=name not in made) for name in names])
+
+    def _forward_with_functions(self, x: Tensor, functions: list[str], factored: list[str]) -> Tensor:
+        base = self.base_layer(x)
+        y = self._forward_factored(x, factored) if factored else base
+        for name in functions:
+            _, *known = self._inputs(name, x)
+            added = self.folklora_updates[name].function(x, base, *known)
+            if added is not None:
+                gate = self.context.own_rows(name, x, self.name)
+                y = y + (added if gate is None else gate.to(added.dtype) * added)
+        return self._with_biases(y, x, functions)
 
     def _forward_with_dropout(self, x: Tensor, names: list[str]) -> Tensor:
         whole: list[Factors] = []

@@ -21,6 +21,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from folklora.adapters.base import PEFT_TYPE, AdapterConfig
+from folklora.adapters.host.blocks import block_of, read_block, stop_reading
 from folklora.adapters.host.call import CallContext, listen, stop_listening
 from folklora.adapters.host.kinds import LINEAR, TRANSPOSED, kind_of
 from folklora.adapters.host.layer import FolkloraLayer, layers_of
@@ -54,6 +55,7 @@ class FolkloraModel(BaseTuner):
                 problem is named.
         """
         config = self.peft_config[adapter_name]
+        config.fit(model)
         targets = self.targets(model, config)
         if config.needs and not _awaits_values(config):
             _check_statistics(config, targets)
@@ -80,11 +82,14 @@ class FolkloraModel(BaseTuner):
         own = _with_chosen_rank(config, own, target, current_key, waiting)
         if isinstance(target, FolkloraLayer):
             target.add(adapter_name, own, waiting=waiting, trainable=trainable)
-            return
-        layer = FolkloraLayer(target, current_key, self._context())
-        layer.set_adapter(self.active_adapters)
-        layer.add(adapter_name, own, waiting=waiting, trainable=trainable)
-        self._replace_module(parent, target_name, layer, target)
+        else:
+            layer = FolkloraLayer(target, current_key, self._context())
+            layer.set_adapter(self.active_adapters)
+            layer.add(adapter_name, own, waiting=waiting, trainable=trainable)
+            self._replace_module(parent, target_name, layer, target)
+            target = layer
+        if target.folklora_updates[adapter_name].reads_block:
+            read_block(self.model, block_of(current_key), target.context)
 
     def _context(self) -> CallContext:
         existing = next(layers_of(self.model), None)
@@ -152,6 +157,7 @@ class FolkloraModel(BaseTuner):
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
         model = super()._unload_and_optionally_merge(*args, **kwargs)
         stop_listening(model)
+        stop_reading(model)
         remove_shared(model)
         return model
 
