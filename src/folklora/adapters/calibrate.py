@@ -29,9 +29,10 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from folklora.adapters.base import AdapterConfig
+from folklora.adapters.host.call import CallContext, read_masks
 from folklora.adapters.host.kinds import is_quantised, kind_of
-from folklora.adapters.host.layer import CallContext, layers_of
-from folklora.adapters.host.tuner import FolkloraModel, read_masks
+from folklora.adapters.host.layer import layers_of
+from folklora.adapters.host.tuner import FolkloraModel
 from folklora.adapters.lora import LoRA
 from folklora.adapters.statistics import COVARIANCE, FISHER, GRADIENT, KINDS, Statistics
 

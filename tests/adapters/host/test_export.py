@@ -147,7 +147,9 @@ def test_the_precision_can_be_chosen(tmp_path: Path) -> None:
 
 def test_refusals_are_in_words_and_leave_nothing_behind(tmp_path: Path) -> None:
     model = tiny.trained(AMLoRA(r=4, target_modules=["q_proj"]))
-    with pytest.raises(ValueError, match="adapter 'default' has no plain LoRA form: its gates read each layer's input"):
+    with pytest.raises(
+        ValueError, match="adapter 'default' has no plain LoRA form: its update depends on each layer's input"
+    ):
         export_lora(model, tmp_path / "lora")
     with pytest.raises(ValueError, match="carries no Folklora adapter named 'nobody'"):
         export_lora(model, tmp_path / "lora", "nobody")

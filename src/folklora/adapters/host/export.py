@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from folklora.adapters.base import Update
 from folklora.adapters.host.layer import FolkloraLayer, updates_of
+from folklora.factored import Factors
 from folklora.stream.files import replace_folder
 
 
@@ -48,7 +49,7 @@ def export_lora(
     with torch.no_grad():
         for layer, update in pairs:
             layer.admit_loaded([adapter_name])
-            A, B = update.factors().to_lora()
+            A, B = _at_least_one_term(update.factors().compact()).to_lora()
             ranks[layer.name] = A.shape[0]
             tensors.update(_named(layer, A, B, dtype))
             if biased:
@@ -70,7 +71,7 @@ def _check_exportable(adapter_name: str, pairs: list[tuple[FolkloraLayer, Update
     gated = next((update for _, update in pairs if update.gated), None)
     if gated is not None:
         raise ValueError(
-            f"adapter '{adapter_name}' has no plain LoRA form: its gates read each layer's input "
+            f"adapter '{adapter_name}' has no plain LoRA form: its update depends on {gated.depends_on} "
             f"({type(gated).__name__}), and a LoRA is the same for every input"
         )
     embedding = next((layer.name for layer, _ in pairs if layer.kind.name == "embedding"), None)
@@ -79,6 +80,14 @@ def _check_exportable(adapter_name: str, pairs: list[tuple[FolkloraLayer, Update
             f"adapter '{adapter_name}' changes biases and adapts the embedding '{embedding}', and PEFT's LoRA cannot "
             "hold both: train with train_bias=False, or leave the embedding out"
         )
+
+
+def _at_least_one_term(factors: Factors) -> Factors:
+    # PEFT has no LoRA of rank 0
+    if factors.rank:
+        return factors
+    A, B = factors.A.new_zeros(1, factors.A.shape[1]), factors.B.new_zeros(factors.B.shape[0], 1)
+    return Factors(A, 1.0, B)
 
 
 def _named(layer: nn.Module, A: Tensor, B: Tensor, dtype: torch.dtype | None) -> dict[str, Tensor]:
@@ -93,9 +102,11 @@ def _named(layer: nn.Module, A: Tensor, B: Tensor, dtype: torch.dtype | None) ->
     if layer.kind.name == "convolution":
         A = A.view(A.shape[0], *base.weight.shape[1:])
         B = B.view(*B.shape, *([1] * (base.weight.dim() - 2)))
+    # layers may share a factor, and a safetensors file holds no tensor twice
+    whole = {"memory_format": torch.contiguous_format}
     return {
-        f"{prefix}.{names[0]}": A.detach().cpu().contiguous(),
-        f"{prefix}.{names[1]}": B.detach().cpu().contiguous(),
+        f"{prefix}.{names[0]}": A.detach().cpu().clone(**whole),
+        f"{prefix}.{names[1]}": B.detach().cpu().clone(**whole),
     }
 
 
@@ -104,7 +115,7 @@ def _saved_modules(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
     return {
         f"base_model.model.{key.removeprefix('base_model.model.')}": value.detach().cpu().contiguous()
         for key, value in state.items()
-        if ".folklora_updates." not in key
+        if ".folklora_" not in key
     }
 
 

@@ -19,15 +19,22 @@ from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from folklora.adapters.base import PEFT_TYPE, AdapterConfig
+from folklora.adapters.host.blocks import block_of, read_block, stop_reading
+from folklora.adapters.host.call import CallContext, listen, stop_listening
 from folklora.adapters.host.kinds import LINEAR, TRANSPOSED, kind_of
-from folklora.adapters.host.layer import CallContext, FolkloraLayer, layers_of
+from folklora.adapters.host.layer import FolkloraLayer, layers_of
 from folklora.adapters.host.saved import check_saved_values
+from folklora.adapters.host.shared import (
+    SHARED,
+    make_shared,
+    place_shared,
+    remove_shared,
+    shared_values,
+    with_adapter_name,
+)
 from folklora.adapters.host.siblings import link_siblings
-
-_MASKS = ("decoder_attention_mask", "attention_mask", "encoder_attention_mask")
 
 
 class FolkloraModel(BaseTuner):
@@ -48,9 +55,11 @@ class FolkloraModel(BaseTuner):
                 problem is named.
         """
         config = self.peft_config[adapter_name]
+        config.fit(model)
         targets = self.targets(model, config)
         if config.needs and not _awaits_values(config):
             _check_statistics(config, targets)
+        place_shared(model, self._context(), adapter_name, make_shared(config, targets))
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         link_siblings(model)
         if config.statistics is not None:
@@ -73,11 +82,14 @@ class FolkloraModel(BaseTuner):
         own = _with_chosen_rank(config, own, target, current_key, waiting)
         if isinstance(target, FolkloraLayer):
             target.add(adapter_name, own, waiting=waiting, trainable=trainable)
-            return
-        layer = FolkloraLayer(target, current_key, self._context())
-        layer.set_adapter(self.active_adapters)
-        layer.add(adapter_name, own, waiting=waiting, trainable=trainable)
-        self._replace_module(parent, target_name, layer, target)
+        else:
+            layer = FolkloraLayer(target, current_key, self._context())
+            layer.set_adapter(self.active_adapters)
+            layer.add(adapter_name, own, waiting=waiting, trainable=trainable)
+            self._replace_module(parent, target_name, layer, target)
+            target = layer
+        if target.folklora_updates[adapter_name].reads_block:
+            read_block(self.model, block_of(current_key), target.context)
 
     def _context(self) -> CallContext:
         existing = next(layers_of(self.model), None)
@@ -85,8 +97,15 @@ class FolkloraModel(BaseTuner):
             return existing.context
         if getattr(self, "_own_context", None) is None:
             self._own_context = CallContext()
-            read_masks(self.model, self._own_context)
+            listen(self.model, self._own_context, self.peft_config)
         return self._own_context
+
+    def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
+        # PEFT takes what lies outside its layers for the base's
+        shared = [p for p in self._context().shared.parameters() if p.requires_grad]
+        super()._mark_only_adapters_as_trainable(model)
+        for parameter in shared:
+            parameter.requires_grad_(True)
 
     @classmethod
     def targets(cls, model: nn.Module, config: AdapterConfig) -> dict[str, nn.Module]:
@@ -137,10 +156,9 @@ class FolkloraModel(BaseTuner):
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
         model = super()._unload_and_optionally_merge(*args, **kwargs)
-        for part in _called_with_masks(model):
-            for key, hook in list(part._forward_pre_hooks.items()):
-                if isinstance(hook, _MaskReader):
-                    del part._forward_pre_hooks[key], part._forward_pre_hooks_with_kwargs[key]
+        stop_listening(model)
+        stop_reading(model)
+        remove_shared(model)
         return model
 
     def _check_merge_allowed(self) -> None:
@@ -220,22 +238,25 @@ class FolkloraModel(BaseTuner):
             for key, value in model.named_parameters()
             if set(key.partition(marker)[2].split(".")).intersection(unwanted_adapter_names)
         }
-        return {key: value for key, value in {**lost, **kept}.items() if key not in derived}
+        whole = {key: value.detach() for key, value in model.named_parameters()}
+        found = {**lost, **shared_values(adapter_name, {**whole, **state_dict}), **kept}
+        return {key: value for key, value in found.items() if key not in derived}
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
         # an update's own parameters may be nested, so the name is not always next to the end
-        marker = ".folklora_updates."
-        head, found, tail = key.partition(marker)
-        if not found:
-            return super()._remove_adapter_name_from_key(key, adapter_name)
-        return head + marker + tail.removeprefix(f"{adapter_name}.")
+        for marker in (".folklora_updates.", f"{SHARED}."):
+            head, found, tail = key.partition(marker)
+            if found:
+                return head + marker + tail.removeprefix(f"{adapter_name}.")
+        return super()._remove_adapter_name_from_key(key, adapter_name)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: AdapterConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         renamed = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        renamed = {with_adapter_name(adapter_name, key): value for key, value in renamed.items()}
         return check_saved_values(model, adapter_name, renamed)
 
 
@@ -256,32 +277,6 @@ def _with_chosen_rank(
 
 def _name_rows(module: nn.Module, args: tuple, kwargs: dict, rows: list[str]) -> tuple[tuple, dict]:
     return args, {**kwargs, "adapter_names": rows}
-
-
-class _MaskReader:
-    """Notes the attention masks of a call for the layers; a class, so that models can be pickled and copied."""
-
-    def __init__(self, context: CallContext) -> None:
-        self.context = context
-
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        masks = (kwargs.get(name) for name in _MASKS)
-        self.context.masks = tuple(m for m in masks if isinstance(m, Tensor) and m.dim() == 2)
-        cache = kwargs.get("past_key_values")
-        self.context.before = 0 if cache is None else int(cache.get_seq_length())
-
-
-def read_masks(model: nn.Module, context: CallContext) -> list[RemovableHandle]:
-    """Let a context know the attention masks of every call of a model, from now on."""
-    reader = _MaskReader(context)
-    return [part.register_forward_pre_hook(reader, with_kwargs=True) for part in _called_with_masks(model)]
-
-
-def _called_with_masks(model: nn.Module) -> list[nn.Module]:
-    # generation calls the encoder by itself; and each half reads masks of its own
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        return [model.get_encoder(), model.get_decoder()]
-    return [model]
 
 
 def _awaits_values(config: AdapterConfig) -> bool:
