@@ -11,7 +11,10 @@ from peft.utils.save_and_load import get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from folklora.adapters.host.experts import ExpertsLayer
+from folklora.adapters.host.kinds import TRANSPOSED, experts_transposed
 from folklora.adapters.host.layer import updates_of
+from folklora.adapters.host.stacks import StackUpdate
 from folklora.stream.files import replace_folder
 
 
@@ -27,7 +30,7 @@ def export_lora(
         dtype: Precision of the saved factors; None keeps the adapter's own.
 
     Returns:
-        The LoRA rank of every exported layer, by the layer's name.
+        The LoRA rank of every exported layer, by the layer's name (experts: by the parameter's).
 
     Raises:
         ValueError: There is no such adapter, or its update depends on its input and has no LoRA form.
@@ -51,9 +54,13 @@ def export_lora(
     with torch.no_grad():
         for layer, update in pairs:
             layer.admit_loaded([adapter_name])
-            A, B = update.factors().to_lora()
-            ranks[layer.name] = A.shape[0]
-            tensors.update(_named(layer, A, B, dtype))
+            if isinstance(layer, ExpertsLayer):
+                named, own = _named_experts(layer, update)
+            else:
+                A, B = update.factors().to_lora()
+                named, own = _named(layer, A, B), {layer.name: A.shape[0]}
+            ranks.update(own)
+            tensors.update({key: value.detach().to("cpu", dtype).contiguous() for key, value in named.items()})
         tensors.update(_saved_modules(model, adapter_name))
     config = _lora_config(model, adapter_name, ranks)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -65,9 +72,7 @@ def export_lora(
     return ranks
 
 
-def _named(layer: nn.Module, A: Tensor, B: Tensor, dtype: torch.dtype | None) -> dict[str, Tensor]:
-    if dtype is not None:
-        A, B = A.to(dtype), B.to(dtype)
+def _named(layer: nn.Module, A: Tensor, B: Tensor) -> dict[str, Tensor]:
     base = layer.get_base_layer()
     prefix = f"base_model.model.{layer.name}"
     if layer.kind.name == "embedding":
@@ -77,10 +82,24 @@ def _named(layer: nn.Module, A: Tensor, B: Tensor, dtype: torch.dtype | None) ->
     if layer.kind.name == "convolution":
         A = A.view(A.shape[0], *base.weight.shape[1:])
         B = B.view(*B.shape, *([1] * (base.weight.dim() - 2)))
-    return {
-        f"{prefix}.{names[0]}": A.detach().cpu().contiguous(),
-        f"{prefix}.{names[1]}": B.detach().cpu().contiguous(),
-    }
+    return {f"{prefix}.{names[0]}": A, f"{prefix}.{names[1]}": B}
+
+
+def _named_experts(layer: ExpertsLayer, update: StackUpdate) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """PEFT's tensors for the stacks of an experts module, and the rank of each stack by its name."""
+    base, tensors, ranks = layer.get_base_layer(), {}, {}
+    # PEFT wraps the module once for each parameter, the first innermost
+    prefix = f"base_model.model.{layer.name}" + ".base_layer" * (len(update.names) - 1)
+    for key in update.names:
+        A, B = update.pair(key)
+        # PEFT takes experts that are not marked otherwise for [out, in]
+        if experts_transposed(base) and not getattr(base, "is_transposed", False):
+            A, B = B.mT, A.mT
+        ranks[f"{layer.name}.{key}"] = A.shape[1]
+        tensors[f"{prefix}.lora_A.weight"] = A.flatten(0, 1)
+        tensors[f"{prefix}.lora_B.weight"] = B.permute(1, 2, 0).flatten(1)
+        prefix = prefix.removesuffix(".base_layer")
+    return tensors, ranks
 
 
 def _saved_modules(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
@@ -97,12 +116,14 @@ def _lora_config(model: nn.Module, adapter_name: str, ranks: dict[str, int]) -> 
     common = max(ranks.values(), key=list(ranks.values()).count)
     # anchored patterns: PEFT matches a key against the end of a name
     others = {f"^{name}": rank for name, rank in ranks.items() if rank != common}
+    layers = {layer.name for layer, _ in updates_of(model, adapter_name)}
     return LoraConfig(
         r=common,
         lora_alpha=common,
         rank_pattern=others,
         alpha_pattern=dict(others),
-        target_modules=sorted(ranks),
+        target_modules=sorted(layers.intersection(ranks)),
+        target_parameters=sorted(set(ranks) - layers) or None,
         modules_to_save=source.modules_to_save,
         task_type=source.task_type,
         base_model_name_or_path=source.base_model_name_or_path,
@@ -112,6 +133,4 @@ def _lora_config(model: nn.Module, adapter_name: str, ranks: dict[str, int]) -> 
 
 
 def _all_transposed(model: nn.Module, adapter_name: str) -> bool:
-    from folklora.adapters.host.kinds import TRANSPOSED
-
     return all(layer.kind is TRANSPOSED for layer, _ in updates_of(model, adapter_name))

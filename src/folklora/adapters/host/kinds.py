@@ -105,10 +105,16 @@ class _Convolution(Kind):
         return convolve(h * s, factors.B.to(h.dtype).view(*factors.B.shape, *([1] * (h.dim() - 2))))
 
 
+class _Experts(Kind):
+    def shape(self, base: nn.Module) -> tuple[int, int]:
+        raise TypeError("an experts module has several weights, each with a shape of its own")
+
+
 LINEAR = _Linear("linear")
 TRANSPOSED = _TransposedLinear("linear")
 EMBEDDING = _Embedding("embedding")
 CONVOLUTION = _Convolution("convolution")
+EXPERTS = _Experts("experts")
 
 
 def kind_of(base: nn.Module, name: str) -> Kind:
@@ -136,18 +142,35 @@ def kind_of(base: nn.Module, name: str) -> Kind:
         )
     if isinstance(base, nn.Linear) or (hasattr(base, "in_features") and hasattr(base, "out_features")):
         return LINEAR
-    experts = [key for key, value in base.named_parameters(recurse=False) if value.dim() == 3]
+    experts = expert_parameters(base)
+    if any(is_quantised(getattr(base, key)) for key in experts):
+        raise TypeError(f"the experts '{name}' are quantised; Folklora adapts experts in floating point only")
     if experts:
-        raise TypeError(
-            f"layer '{name}' ({type(base).__name__}) holds its experts' weights in three-dimensional parameters "
-            f"({', '.join(experts)}), which Folklora cannot adapt yet; target its attention layers"
-        )
+        return EXPERTS
     raise TypeError(
-        f"layer '{name}' is a {type(base).__name__}; Folklora adapts linear, embedding and convolution layers"
+        f"layer '{name}' is a {type(base).__name__}; "
+        "Folklora adapts linear, embedding and convolution layers and experts"
     )
 
 
-def is_quantised(base: nn.Module) -> bool:
-    """Whether the layer stores its weight in fewer bits than floating point."""
-    weight = getattr(base, "weight", None)
+def expert_parameters(base: nn.Module) -> list[str]:
+    """Names of a module's own parameters that stack one matrix an expert; empty where it holds no experts."""
+    shapes = {key: value.shape for key, value in base.named_parameters(recurse=False) if value.dim() == 3}
+    counts = {shape[0] for shape in shapes.values()}
+    return list(shapes) if len(counts) == 1 and min(counts) > 1 else []
+
+
+def experts_transposed(base: nn.Module) -> bool:
+    """Whether the matrices are [in, out], as transformers marks its experts; where it does not, a batched product is."""
+    return getattr(base, "is_transposed", True)
+
+
+def expert_shape(base: nn.Module, key: str) -> tuple[int, int]:
+    """(out, in) of each matrix of one parameter of an experts module."""
+    rows, columns = getattr(base, key).shape[1:]
+    return (columns, rows) if experts_transposed(base) else (rows, columns)
+
+
+def is_quantised(weight: Tensor | None) -> bool:
+    """Whether a weight is stored in fewer bits than floating point."""
     return weight is None or not torch.is_floating_point(weight) or weight.element_size() < 2

@@ -70,7 +70,7 @@ class FolkloraLayer(nn.Module, BaseTunerLayer):
         self.reductions: dict[str, str] = {}
         self.waiting: set[str] = set()
         self.merged_adapters: list[str] = []
-        self._unmerged_weight: nn.Parameter | None = None
+        self._unmerged: dict[str, nn.Parameter] = {}
         LIVE_LAYERS[next(_serial)] = self
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -86,12 +86,9 @@ class FolkloraLayer(nn.Module, BaseTunerLayer):
             waiting: Make it without values: saved ones will be loaded.
             trainable: Whether its parameters ask for gradients.
         """
-        base = self.get_base_layer()
+        update = self._new_update(config, waiting)
         if waiting:
-            update = config.empty(self.kind.shape(base))
             self.waiting.add(adapter_name)
-        else:
-            update = config.update(self.kind.matrix(base))
         sample = self.sample_base()
         update.base_sample = nn.Parameter(sample.fill_(math.nan) if waiting else sample, requires_grad=False)
         for parameter in update.parameters():
@@ -105,33 +102,31 @@ class FolkloraLayer(nn.Module, BaseTunerLayer):
         self._freeze_non_trainable_peft_weights(adapter_name)
         self.set_adapter(self.active_adapters)
 
+    def _new_update(self, config: AdapterConfig, waiting: bool) -> Update:
+        base = self.get_base_layer()
+        return config.empty(self.kind.shape(base)) if waiting else config.update(self.kind.matrix(base))
+
+    def _weight(self) -> Tensor:
+        return self.get_base_layer().weight
+
     def sample_base(self) -> Tensor:
-        """SAMPLES evenly spaced elements of the base weight, float32: enough to tell one base from another."""
-        flat = self.kind.matrix(self.get_base_layer()).reshape(-1)
-        step = max(1, flat.numel() // SAMPLES)
-        return flat[::step][:SAMPLES].float().clone()
+        """Evenly spaced elements of the base weight, float32: enough to tell one base from another."""
+        return evenly_spaced(self.kind.matrix(self.get_base_layer()))
 
     def fits_base(self, sample: Tensor) -> bool:
         """Whether a saved sample is of this base, up to one rounding (on a quantised layer: points the same way)."""
-        base = self.get_base_layer()
-        if base.weight.device.type == "meta":
+        if self._weight().device.type == "meta":
             return True
         own, sample = self.sample_base().cpu(), sample.detach().float().cpu()
-        if is_quantised(base):
+        if is_quantised(self._weight()):
             return bool(F.cosine_similarity(own, sample, dim=0) > _QUANTISED_COSINE)
         return torch.allclose(own, sample, rtol=_SAME, atol=_SMALLEST)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base layer's output plus every active update's."""
-        if self._disable_adapters:
-            self.unmerge()
-        if self._disable_adapters or self.merged_adapters:
-            return self.base_layer(x, *args, **kwargs)
-        names = self._names_in_use()
+        names = self._names_to_apply()
         if not names:
             return self.base_layer(x, *args, **kwargs)
-        if self.waiting:
-            self.admit_loaded(names)
         dropped = [name for name in names if self.training and self.dropouts[name] > 0]
         if dropped:
             return self._forward_with_dropout(x, names)
@@ -157,6 +152,17 @@ class FolkloraLayer(nn.Module, BaseTunerLayer):
             kept = x * ((draw >= p).to(source.dtype) / (1 - p))
             y = y + self.kind.update(self.base_layer, kept, concatenate([f for q, f in parts if q == p]))
         return y
+
+    def _names_to_apply(self) -> list[str]:
+        """The adapters that this pass adds to the base layer's output; none where they are disabled or merged."""
+        if self._disable_adapters:
+            self.unmerge()
+        if self._disable_adapters or self.merged_adapters:
+            return []
+        names = self._names_in_use()
+        if self.waiting:
+            self.admit_loaded(names)
+        return names
 
     def _names_in_use(self) -> list[str]:
         names = self.active_adapters if self.context.rows is None else sorted(set(self.context.rows))
@@ -202,24 +208,28 @@ class FolkloraLayer(nn.Module, BaseTunerLayer):
         base = self.get_base_layer()
         self.admit_loaded(names)
         self._check_mergeable(names)
-        matrix = self.kind.matrix(base)
         with torch.no_grad():
-            precise = torch.promote_types(matrix.dtype, torch.float32)
-            total = concatenate([self.folklora_updates[name].factors() for name in names]).dense()
-            merged = self.kind.layout(base, (matrix.to(precise) + total.to(precise)).to(matrix.dtype))
-        if safe_merge and not torch.isfinite(merged).all():
+            merged = self._merged_weights(names)
+        if safe_merge and not all(torch.isfinite(value).all() for value in merged.values()):
             raise ValueError(f"merging {', '.join(names)} into layer '{self.name}' gives values that are not finite")
-        if self._unmerged_weight is None:
-            self._unmerged_weight = base.weight
-        base.weight = nn.Parameter(merged.contiguous(), requires_grad=False)
+        for key, value in merged.items():
+            self._unmerged.setdefault(key, getattr(base, key))
+            setattr(base, key, nn.Parameter(value.contiguous(), requires_grad=False))
         self.merged_adapters.extend(names)
 
+    def _merged_weights(self, names: list[str]) -> dict[str, Tensor]:
+        """The base's weights with the updates added, by parameter."""
+        base = self.get_base_layer()
+        matrix = self.kind.matrix(base)
+        precise = torch.promote_types(matrix.dtype, torch.float32)
+        total = concatenate([self.folklora_updates[name].factors() for name in names]).dense()
+        return {"weight": self.kind.layout(base, (matrix.to(precise) + total.to(precise)).to(matrix.dtype))}
+
     def unmerge(self) -> None:
-        """Put the base's own weight back, bit for bit."""
-        if self._unmerged_weight is None:
-            return
-        self.get_base_layer().weight = self._unmerged_weight
-        self._unmerged_weight = None
+        """Put the base's own weights back, bit for bit."""
+        for key, value in self._unmerged.items():
+            setattr(self.get_base_layer(), key, value)
+        self._unmerged.clear()
         self.merged_adapters.clear()
 
     def _check_mergeable(self, names: list[str]) -> None:
@@ -229,12 +239,12 @@ class FolkloraLayer(nn.Module, BaseTunerLayer):
                 f"adapter {', '.join(gated)} cannot be merged into layer '{self.name}': its update depends on the "
                 "layer's input, so no single weight equals it"
             )
-        if parametrize.is_parametrized(self.get_base_layer(), "weight"):
+        if parametrize.is_parametrized(self.get_base_layer()):
             raise ValueError(
                 f"layer '{self.name}' computes its weight from other parameters (a parametrization), which merging "
                 "would have to change; remove the parametrization to merge"
             )
-        if is_quantised(self.get_base_layer()):
+        if is_quantised(self._weight()):
             raise ValueError(
                 f"layer '{self.name}' is quantised; merging would need its weight in floating point: load the base "
                 "model unquantised to merge"
@@ -260,7 +270,7 @@ class FolkloraLayer(nn.Module, BaseTunerLayer):
         # PEFT's own would also cast the float32 masters to the base's dtype
         update = self.folklora_updates[adapter_name]
         if not any(parameter.is_meta for parameter in update.parameters()):
-            update.to(self.get_base_layer().weight.device if device is None else device)
+            update.to(self._weight().device if device is None else device)
 
     def _freeze_non_trainable_peft_weights(self, adapter_names: str | list[str] | None = None) -> None:
         wanted = [adapter_names] if isinstance(adapter_names, str) else adapter_names
@@ -292,6 +302,13 @@ class FolkloraLayer(nn.Module, BaseTunerLayer):
     def extra_repr(self) -> str:
         """Which adapters the layer carries."""
         return ", ".join(f"{name}={type(update).__name__}" for name, update in self.folklora_updates.items())
+
+
+def evenly_spaced(weight: Tensor) -> Tensor:
+    """SAMPLES evenly spaced elements of a weight, float32."""
+    flat = weight.reshape(-1)
+    step = max(1, flat.numel() // SAMPLES)
+    return flat[::step][:SAMPLES].float().clone()
 
 
 def layers_of(model: nn.Module) -> Iterator[FolkloraLayer]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from peft.mapping import (
     PEFT_TYPE_TO_CONFIG_MAPPING,
     PEFT_TYPE_TO_PREFIX_MAPPING,
@@ -16,11 +17,12 @@ from peft.mapping import (
 )
 from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers, check_target_module_exists
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, _get_submodules
 from torch import Tensor, nn
 
 from folklora.adapters.base import PEFT_TYPE, AdapterConfig
-from folklora.adapters.host.kinds import LINEAR, TRANSPOSED, kind_of
+from folklora.adapters.host.experts import ExpertsLayer, chosen_experts, is_named
+from folklora.adapters.host.kinds import EXPERTS, LINEAR, TRANSPOSED, expert_parameters, expert_shape, kind_of
 from folklora.adapters.host.layer import CallContext, FolkloraLayer, layers_of
 from folklora.adapters.host.saved import check_saved_values
 
@@ -62,7 +64,8 @@ class FolkloraModel(BaseTuner):
         if isinstance(target, FolkloraLayer):
             target.add(adapter_name, own, waiting=waiting, trainable=trainable)
             return
-        layer = FolkloraLayer(target, current_key, self._context())
+        make = ExpertsLayer if kind_of(target, current_key) is EXPERTS else FolkloraLayer
+        layer = make(target, current_key, self._context())
         layer.set_adapter(self.active_adapters)
         layer.add(adapter_name, own, waiting=waiting, trainable=trainable)
         self._replace_module(parent, target_name, layer, target)
@@ -84,29 +87,52 @@ class FolkloraModel(BaseTuner):
             config.target_modules = _all_linear(config, model)
         matched = 0
         inside = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, FolkloraLayer))
+        experts = dict(_named_experts(config, model))
         for name, module in model.named_modules():
-            if not name or (inside and name.startswith(inside)) or not check_target_module_exists(config, name):
+            if not name or (inside and name.startswith(inside)):
+                continue
+            if name not in experts and not check_target_module_exists(config, name):
                 continue
             matched += 1
             problems += self._problems(config, name, module)
-        if not matched:
+        if not matched and not config.target_parameters:
             raise ValueError(_nothing_matched(config, model))
         if problems:
             raise ValueError("\n".join(problems))
 
     @staticmethod
     def _problems(config: AdapterConfig, name: str, module: nn.Module) -> list[str]:
-        base = module.get_base_layer() if isinstance(module, FolkloraLayer) else module
+        base = _bare(module)
         try:
             kind = kind_of(base, name)
         except TypeError as error:
             return [str(error)]
+        if kind is EXPERTS:
+            return _expert_problems(config, name, base)
         if kind.name not in config.layer_kinds:
             kinds = ", ".join(sorted(config.layer_kinds))
             return [f"{config.method} adapts {kinds} layers; '{name}' is a {type(base).__name__}"]
         return config.for_module(name).check(kind.shape(base), name)
 
+    def _inject_parameters(
+        self, peft_config: AdapterConfig, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
+    ) -> list[str]:
+        named = dict(_named_experts(peft_config, model))
+        for name, module in named.items():
+            if isinstance(module, FolkloraLayer) and adapter_name in module.folklora_updates:
+                continue  # by its module's name, with these parameters alone
+            parent, target, target_name = _get_submodules(model, name)
+            with init_empty_weights() if low_cpu_mem_usage else nullcontext():
+                self._create_and_replace(peft_config, adapter_name, target, target_name, parent, current_key=name)
+        return [
+            f"{name}.{key}"
+            for name, module in named.items()
+            for key in chosen_experts(_bare(module), name, peft_config)
+        ]
+
     def _prepare_adapter_config(self, config: AdapterConfig, model_config: dict) -> AdapterConfig:
+        if config.target_modules is None and config.target_parameters:
+            config.target_modules = []
         if config.target_modules is None:
             known = self.target_module_mapping.get(model_config.get("model_type"))
             if known is None:
@@ -116,6 +142,13 @@ class FolkloraModel(BaseTuner):
                 )
             config.target_modules = known if isinstance(known, str) else sorted(known)
         return config
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        if isinstance(child, ExpertsLayer):
+            # PEFT's own looks for a parameter named weight
+            setattr(parent, child_name, new_module)
+            return
+        super()._replace_module(parent, child_name, new_module, child)
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
         model = super()._unload_and_optionally_merge(*args, **kwargs)
@@ -268,12 +301,45 @@ def _all_linear(config: AdapterConfig, model: nn.Module) -> list[str]:
     return sorted(chosen)
 
 
+def _bare(module: nn.Module) -> nn.Module:
+    return module.get_base_layer() if isinstance(module, FolkloraLayer) else module
+
+
+def _named_experts(config: AdapterConfig, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The experts modules of which `target_parameters` names a parameter."""
+    for name, module in model.named_modules():
+        keys = expert_parameters(_bare(module)) if config.target_parameters and ".base_layer" not in name else ()
+        if any(is_named(f"{name}.{key}", config.target_parameters) for key in keys):
+            yield name, module
+
+
+def _expert_problems(config: AdapterConfig, name: str, base: nn.Module) -> list[str]:
+    if "linear" not in config.layer_kinds:
+        return [f"{config.method} adapts no linear layers, and '{name}' is a {type(base).__name__} made of them"]
+    if config.dropout:
+        return [f"the experts '{name}' take no adapter dropout, for their inputs are hidden inside: set dropout=0"]
+    problems = []
+    for key in chosen_experts(base, name, config):
+        own, shape = config.for_module(f"{name}.{key}"), expert_shape(base, key)
+        found = own.check(shape, f"{name}.{key}")
+        if not found and own.empty(shape).gated:
+            return [f"{config.method} reads each layer's input, which the experts '{name}' do not show; leave them out"]
+        problems += found
+    return problems
+
+
 def _without_match(config: AdapterConfig, model: nn.Module) -> list[str]:
-    if config.target_modules is None or isinstance(config.target_modules, str):
-        return []
-    names = [f".{name}" for name, _ in model.named_modules()]
-    lost = [target for target in config.target_modules if not any(name.endswith(f".{target}") for name in names)]
-    return [f"target module '{target}' matches no layer; {_candidates(model)}" for target in lost]
+    problems = []
+    if isinstance(config.target_modules, list):
+        names = [name for name, _ in model.named_modules()]
+        lost = [target for target in config.target_modules if not any(is_named(n, [target]) for n in names)]
+        problems += [f"target module '{target}' matches no layer; {_candidates(model)}" for target in lost]
+    known = [f"{name}.{key}" for name, module in model.named_modules() for key in expert_parameters(module)]
+    for target in config.target_parameters or []:
+        if not any(is_named(name.replace(".base_layer", ""), [target]) for name in known):
+            there = ", ".join(sorted({name.rpartition(".")[2] for name in known})) or "none"
+            problems.append(f"target parameter '{target}' matches no experts; their parameters here: {there}")
+    return problems
 
 
 def _nothing_matched(config: AdapterConfig, model: nn.Module) -> str:
