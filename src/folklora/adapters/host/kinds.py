@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers.pytorch_utils import Conv1D
 
 from folklora.factored import Factors, factored_linear, factored_update
@@ -29,7 +30,13 @@ class Kind:
 
     def matrix(self, base: nn.Module) -> Tensor:
         """The weight as a matrix [out, in], dequantised."""
-        return dequantize_module_weight(base).detach()
+        _unpack(base)
+        weight = base.weight
+        matrix = dequantize_module_weight(base).detach()
+        if base.weight is not weight:
+            # PEFT puts a copy in the place of bitsandbytes' weights of 8 bits, which lacks their scales
+            base.weight = weight
+        return matrix
 
     def layout(self, base: nn.Module, matrix: Tensor) -> Tensor:
         """A matrix [out, in] in the layer's own layout."""
@@ -46,10 +53,23 @@ class Kind:
 
 class _Linear(Kind):
     def forward(self, base: nn.Module, x: Tensor, factors: Factors) -> Tensor:
-        # a subclass (quantised), a hook or a forward put in its place (offloading) would be bypassed here
-        if type(base) is nn.Linear and "forward" not in vars(base) and not any(getattr(base, key) for key in _HOOKS):
+        if _is_plain(base):
             return factored_linear(x, base.weight, base.bias, factors)
         return super().forward(base, x, factors)
+
+
+def _unpack(base: nn.Module) -> None:
+    # after a pass without gradients on some CPUs, bitsandbytes keeps a weight in a form that it cannot dequantise;
+    # being asked for its state makes it go back
+    if getattr(getattr(base.weight, "quant_state", None), "packing_format_for_cpu", False):
+        base.state_dict()
+
+
+def _is_plain(base: nn.Module) -> bool:
+    # a subclass or tensor of another kind (quantised), a hook or a forward put in its place (offloading) would be
+    # bypassed by the fused kernel
+    ordinary = type(base) is nn.Linear and not is_traceable_wrapper_subclass(base.weight)
+    return ordinary and "forward" not in vars(base) and not any(getattr(base, key) for key in _HOOKS)
 
 
 class _TransposedLinear(Kind):
@@ -141,6 +161,8 @@ def kind_of(base: nn.Module, name: str) -> Kind:
             "an update would have no effect; leave it out with exclude_modules"
         )
     if isinstance(base, nn.Linear) or (hasattr(base, "in_features") and hasattr(base, "out_features")):
+        if not isinstance(getattr(base, "weight", None), Tensor):
+            raise TypeError(f"layer '{name}' ({type(base).__name__}) keeps no weight that Folklora could read")
         return LINEAR
     experts = expert_parameters(base)
     if any(is_quantised(getattr(base, key)) for key in experts):
@@ -161,7 +183,7 @@ def expert_parameters(base: nn.Module) -> list[str]:
 
 
 def experts_transposed(base: nn.Module) -> bool:
-    """Whether the matrices are [in, out], as transformers marks its experts; where it does not, a batched product is."""
+    """Whether the matrices are [in, out], as transformers marks its experts, or as a batched product needs them."""
     return getattr(base, "is_transposed", True)
 
 
@@ -173,4 +195,7 @@ def expert_shape(base: nn.Module, key: str) -> tuple[int, int]:
 
 def is_quantised(weight: Tensor | None) -> bool:
     """Whether a weight is stored in fewer bits than floating point."""
-    return weight is None or not torch.is_floating_point(weight) or weight.element_size() < 2
+    if weight is None or not torch.is_floating_point(weight) or weight.element_size() < 2:
+        return True
+    # torchao's tensors pass for floating point; what is sharded over processes is made of wrappers too
+    return is_traceable_wrapper_subclass(weight) and not hasattr(weight, "full_tensor")
