@@ -95,7 +95,7 @@ class _Embedding(Kind):
 
     def update(self, base: nn.Module, x: Tensor, factors: Factors) -> Tensor:
         dtype = base.weight.dtype
-        h = F.embedding(x, factors.A.T.to(dtype))
+        h = F.embedding(x, factors.A.T.to(dtype), padding_idx=base.padding_idx)
         s = factors.s.to(dtype) if isinstance(factors.s, Tensor) else factors.s
         # some embeddings multiply what they look up (Gemma's √width)
         return F.linear(h * s, factors.B.to(dtype)) * getattr(base, "embed_scale", 1.0)
