@@ -131,6 +131,8 @@ def test_start_gradients_disabling_merging_saving(name: str, config: folklora.Ad
 
 
 def test_the_grouped_product_that_stands_in_for_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not hasattr(hf.integrations.moe, "_can_use_grouped_mm"):
+        pytest.skip("this version of transformers has no such product")
     model = _trained("gpt-oss", KaSA(r=3), "grouped_mm")
     expected = tiny.logits(model)
     monkeypatch.setattr(hf.integrations.moe, "_can_use_grouped_mm", lambda *args: False)

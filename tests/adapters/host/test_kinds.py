@@ -60,6 +60,16 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor], Callable[
         _image,
         lambda x, W, b: F.conv2d(x, W, b, stride=2, padding=1),
     ),
+    "convolution in groups": (
+        lambda: nn.Conv2d(8, 12, 3, groups=2, padding=1),
+        _image,
+        lambda x, W, b: F.conv2d(x, W, b, groups=2, padding=1),
+    ),
+    "convolution by channel": (
+        lambda: nn.Conv2d(8, 16, 3, groups=8),
+        _image,
+        lambda x, W, b: F.conv2d(x, W, b, groups=8),
+    ),
     "convolution in time": (
         lambda: nn.Conv1d(8, 10, 4, dilation=2),
         lambda: torch.randn(2, 8, 15, dtype=torch.float64),
@@ -126,6 +136,8 @@ def test_saved_and_merged(name: str, kind: str, tmp_path: Path) -> None:
     assert torch.equal(loaded(x), expected)
     merged = loaded.merge_and_unload()
     assert type(merged.layer) is type(_layer(kind))
+    wrapped = next(layers_of(model))
+    assert (wrapped.out_features, wrapped.in_features) == wrapped.kind.shape(wrapped.get_base_layer())
     tiny.close(merged(x), expected, 1e-5, "the merged layer and the adapted one")
 
 
@@ -146,7 +158,5 @@ def test_padding_is_trained_as_peft_trains_it() -> None:
 
 
 def test_what_cannot_be_adapted_is_refused_in_words() -> None:
-    with pytest.raises(ValueError, match="'layer' is a convolution in 2 groups; only one group can be adapted"):
-        get_peft_model(One(nn.Conv2d(4, 6, 1, groups=2)), LoRA(r=2, target_modules=["layer"]))
     with pytest.raises(ValueError, match=r"'layer' is a LayerNorm; Folklora adapts linear, embedding and convolution"):
         get_peft_model(One(nn.LayerNorm(4)), LoRA(r=2, target_modules=["layer"]))

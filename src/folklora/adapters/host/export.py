@@ -33,7 +33,8 @@ def export_lora(
         The LoRA rank of every exported layer, by the layer's name (experts: by the parameter's).
 
     Raises:
-        ValueError: There is no such adapter, or its update depends on its input and has no LoRA form.
+        ValueError: There is no such adapter, its update depends on its input and has no LoRA form, or it is on a
+            convolution that PEFT's LoRA does not compute.
         RuntimeError: The adapter waits for saved values that were never loaded.
         FileExistsError: `out` is there already.
     """
@@ -58,7 +59,9 @@ def export_lora(
                 named, own = _named_experts(layer, update)
             else:
                 A, B = update.factors().to_lora()
-                named, own = _named(layer, A, B), {layer.name: A.shape[0]}
+                # PEFT divides a convolution's ranks among its groups; here every group has them all
+                rank = A.shape[0] * getattr(layer.get_base_layer(), "groups", 1)
+                named, own = _named(layer, A, B), {layer.name: rank}
             ranks.update(own)
             tensors.update({key: value.detach().to("cpu", dtype).contiguous() for key, value in named.items()})
         tensors.update(_saved_modules(model, adapter_name))
@@ -80,9 +83,24 @@ def _named(layer: nn.Module, A: Tensor, B: Tensor) -> dict[str, Tensor]:
     else:
         names = ("lora_A.weight", "lora_B.weight")
     if layer.kind.name == "convolution":
-        A = A.view(A.shape[0], *base.weight.shape[1:])
+        A = _kernel(layer, A)
         B = B.view(*B.shape, *([1] * (base.weight.dim() - 2)))
     return {f"{prefix}.{names[0]}": A, f"{prefix}.{names[1]}": B}
+
+
+def _kernel(layer: nn.Module, A: Tensor) -> Tensor:
+    """A as the kernel of PEFT's first convolution, which reads the channels of all groups."""
+    base, rank = layer.get_base_layer(), A.shape[0]
+    if set(base.dilation) != {1} or base.padding_mode != "zeros":
+        raise ValueError(
+            f"layer '{layer.name}' is a convolution with dilation {base.dilation} and padding mode "
+            f"'{base.padding_mode}', which PEFT's LoRA does not know; merge the adapter, or leave that layer out"
+        )
+    groups, (channels, *size) = base.groups, base.weight.shape[1:]
+    kernel = A.new_zeros(groups, rank, groups, channels, *size)
+    each = torch.arange(groups)
+    kernel[each, :, each] = A.view(rank, channels, *size)
+    return kernel.reshape(groups * rank, groups * channels, *size)
 
 
 def _named_experts(layer: ExpertsLayer, update: StackUpdate) -> tuple[dict[str, Tensor], dict[str, int]]:

@@ -23,6 +23,7 @@ class Kind:
     """A kind of layer; the update's matrix is always [out, in], however the layer stores its weight."""
 
     name: str
+    has_matrix: bool = True
 
     def shape(self, base: nn.Module) -> tuple[int, int]:
         """(out, in) of the weight as a matrix."""
@@ -113,16 +114,21 @@ class _Convolution(Kind):
 
     def update(self, base: nn.Module, x: Tensor, factors: Factors) -> Tensor:
         convolve = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}[base.weight.dim()]
+        groups = base.groups
+        # every group of channels is read by all of A, and each row of B takes what its own group gave
         kernel = factors.A.to(x.dtype).view(factors.rank, *base.weight.shape[1:])
+        kernel = kernel.repeat(groups, *([1] * (kernel.dim() - 1)))
         padded = x
         padding = base.padding
         if base.padding_mode != "zeros":
             padded, padding = F.pad(x, base._reversed_padding_repeated_twice, mode=base.padding_mode), 0
-        h = convolve(padded, kernel, None, base.stride, padding, base.dilation)
+        h = convolve(padded, kernel, None, base.stride, padding, base.dilation, groups)
         s = factors.vector().to(h.dtype)
+        s = s.repeat(*([1] * (s.dim() - 1)), groups)
         # a gate [batch, 1, r] or a vector [r] counts channels, which stand second here
         s = s.reshape(*(s.shape[:1] if s.dim() > 1 else ()), -1, *([1] * (h.dim() - 2)))
-        return convolve(h * s, factors.B.to(h.dtype).view(*factors.B.shape, *([1] * (h.dim() - 2))))
+        B = factors.B.to(h.dtype).view(*factors.B.shape, *([1] * (h.dim() - 2)))
+        return convolve(h * s, B, groups=groups)
 
 
 class _Experts(Kind):
@@ -134,7 +140,7 @@ LINEAR = _Linear("linear")
 TRANSPOSED = _TransposedLinear("linear")
 EMBEDDING = _Embedding("embedding")
 CONVOLUTION = _Convolution("convolution")
-EXPERTS = _Experts("experts")
+EXPERTS = _Experts("experts", has_matrix=False)
 
 
 def kind_of(base: nn.Module, name: str) -> Kind:
@@ -152,8 +158,6 @@ def kind_of(base: nn.Module, name: str) -> Kind:
     if isinstance(base, Conv1D):
         return TRANSPOSED
     if isinstance(base, _CONVOLUTIONS):
-        if base.groups != 1:
-            raise TypeError(f"layer '{name}' is a convolution in {base.groups} groups; only one group can be adapted")
         return CONVOLUTION
     if isinstance(base, NonDynamicallyQuantizableLinear):
         raise TypeError(

@@ -65,6 +65,8 @@ class FolkloraLayer(nn.Module, BaseTunerLayer):
         self.base_layer = base_layer
         self.name, self.context = name, context
         self.kind = kind_of(base_layer, name)
+        if self.kind.has_matrix:
+            self.out_features, self.in_features = self.kind.shape(base_layer)
         self.folklora_updates = nn.ModuleDict()
         self.dropouts: dict[str, float] = {}
         self.reductions: dict[str, str] = {}
