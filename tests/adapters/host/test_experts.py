@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import peft
@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import folklora
-from folklora import AMLoRA, KaSA, LoRA, PiSSA, tiny
+from folklora import AMLoRA, KaSA, LoRA, PiSSA, check, methods, tiny
 from folklora.adapters.host.experts import ExpertsLayer, SumWeight
 from folklora.adapters.host.export import export_lora
 from folklora.adapters.host.layer import layers_of
+from folklora.adapters.host.stacks import call_with
 from folklora.adapters.lora import LoRAUpdate
 
 BOTH = ["experts.gate_up_proj", "experts.down_proj"]
@@ -128,6 +129,26 @@ def test_start_gradients_disabling_merging_saving(name: str, config: folklora.Ad
     merged = model.merge_and_unload()
     assert not any(isinstance(module, ExpertsLayer) for module in merged.modules())
     tiny.close(tiny.logits(merged), trained, 1e-5, "the logits merged for good and before")
+
+
+FIXED = {m.name: m.factory for m in methods("adapters") if (m.name, "merge") not in check.EXCEPTIONS}
+
+
+@pytest.mark.parametrize("name", [name for name, one in FIXED.items() if "linear" in one.layer_kinds])
+def test_every_method_with_a_fixed_update_adapts_experts(name: str) -> None:
+    options = {"r": 3} if "r" in {field.name for field in fields(FIXED[name])} else {}
+    model = _adapted("mixtral", FIXED[name](**options))
+    assert all(value.isfinite().all() for value in model.parameters())
+    tiny.moved(model).eval()
+    base = _base("mixtral", "eager").double()
+    for layer in layers_of(model):
+        experts, update = base.get_submodule(layer.name), layer.folklora_updates["default"]
+        for key in update.names:
+            own = update.get_submodule(key)
+            for index, matrix in enumerate(getattr(experts, key).data):
+                one = {name: value.detach()[index] for name, value in own.named_parameters()}
+                matrix += call_with(own, "factors", one).dense().double()
+    tiny.close(tiny.logits(model).double(), tiny.logits(base), 1e-4, "the logits with experts adapted and of the sums")
 
 
 def test_the_grouped_product_that_stands_in_for_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
