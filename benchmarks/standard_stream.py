@@ -6,7 +6,7 @@ DATA holds tasks.json and a folder a task with train.jsonl and test.jsonl. Each 
 rates on a tenth of order 1's training examples, held out (one seed, the first kind of prompt); then it learns orders
 1-3 with its best one, for each seed, and is scored on the test examples. Once with the prompt's lines that name the
 task, once without.
-Runs are independent: `--workers` of them share the device, and each finished run is kept, so the script resumes.
+Runs are independent: `--workers` of them share the GPUs, and each finished run is kept, so the script resumes.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def work(jobs: list[dict[str, Any]], options: argparse.Namespace, deadline: floa
                 print(learn_one(job, options), flush=True)
         return
     context = multiprocessing.get_context("spawn")
-    with context.Pool(min(options.workers, len(todo)), maxtasksperchild=None) as pool:
+    with context.Pool(min(options.workers, len(todo)), _take_device) as pool:
         pending = [(job, options, time.time() + deadline - time.monotonic()) for job in todo]
         lines = []
         for line in pool.imap_unordered(_guarded, pending):
@@ -122,6 +122,15 @@ def work(jobs: list[dict[str, Any]], options: argparse.Namespace, deadline: floa
             lines.append(line)
     if any(line.startswith("failed") for line in lines):
         raise SystemExit("some runs failed; the finished ones are kept, and running this again goes on")
+
+
+def _take_device() -> None:
+    """Give this worker one of the GPUs in turn; before torch looks for them."""
+    import torch
+
+    count, place = torch.cuda.device_count(), multiprocessing.current_process()._identity[0] - 1
+    if count > 1:
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(place % count)
 
 
 def _guarded(packed: tuple[dict[str, Any], argparse.Namespace, float]) -> str:
@@ -147,7 +156,8 @@ def learn_one(job: dict[str, Any], options: argparse.Namespace) -> str:
     targets = options.targets if options.targets == "all-linear" else options.targets.split(",")
     settings = {
         "learning_rate": job["rate"], "epochs": options.epochs, "batch_size": options.batch, "r": options.rank,
-        "alpha": 32.0, "dropout": 0.1, "target_modules": targets, "max_length": 512, "eval_batch_size": 125,
+        "alpha": 32.0, "dropout": 0.1, "target_modules": targets, "max_length": 512, "eval_batch_size": 50,
+        "group_by_length": True,
     }  # fmt: skip
     tasks = load_order(options, job["order"], named=job["names"] == "named")
     with tempfile.TemporaryDirectory() as folder:

@@ -269,6 +269,41 @@ def test_compiled_without_graph_breaks_it_is_the_same():
         assert_same_to_float32(actual, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_dropout_is_that_of_the_updates_input_alone(kind: str, dtype: torch.dtype):
+    x, weight, b, f = make(kind, (4, 3))
+    x, weight, b = x.to(dtype), weight.to(dtype), b.to(dtype)
+    inputs = leaves(x, f.A, f.B, f.s)
+    torch.manual_seed(8)
+    y = factored_linear(x, weight, b, f, dropout=0.4)
+    torch.manual_seed(8)
+    exact = [t.double() if isinstance(t, Tensor) else t for t in (weight, b, f.A, f.s, f.B)]
+    # the draw in x's own dtype: the mask is what counts
+    kept = (F.dropout(torch.ones_like(x), 0.4) != 0).double() / 0.6
+    expected = F.linear(x.double(), *exact[:2])
+    expected = expected + F.linear(F.linear(x.double() * kept, exact[2]) * exact[3], exact[4])
+    grad = rand(*y.shape, seed=9, dtype=dtype)
+    actual = torch.autograd.grad(y, inputs, grad)
+    wanted = torch.autograd.grad(expected, inputs, grad.double())
+    # every number passes at most four roundings on sums of at most 24 terms
+    unit = 100 * EPS32 if dtype == torch.float32 else 8 * U16
+    for one, other in zip([y, *actual], [expected, *wanted], strict=True):
+        torch.testing.assert_close(one.double(), other.double(), rtol=0, atol=unit * float(other.detach().abs().max()))
+    assert not torch.equal(y, factored_linear(x, weight, b, f, dropout=0.4))
+
+
+def test_with_dropout_it_compiles_without_graph_breaks():
+    torch.compiler.reset()
+    x, weight, b, f = make()
+    leaves(x, f.A, f.B)
+    run = torch.compile(lambda x: factored_linear(x, weight, b, f, dropout=0.5), fullgraph=True, backend="aot_eager")
+    y = run(x)
+    y.sum().backward()
+    assert torch.isfinite(x.grad).all()
+    assert not torch.equal(y, run(x))
+
+
 def test_gradient_checkpointing_is_the_same():
     x = rand(2, 3, IN, seed=1)
     checkpointed = run_layer(lambda layer, x: checkpoint(layer, x, use_reentrant=False), x)

@@ -3,12 +3,29 @@
 import importlib
 from typing import Any
 
-from folklora.adapters import AdapterConfig, AMLoRA, KaSA, LoRA, PiSSA, Update
+from folklora.adapters import (
+    SALT,
+    SORSA,
+    AdapterConfig,
+    AMLoRA,
+    CorDA,
+    KaSA,
+    LoRA,
+    LoRASB,
+    LoRAXS,
+    PiSSA,
+    SoMA,
+    SVFit,
+    Update,
+)
 from folklora.adapters.am_lora import add_task
+from folklora.adapters.calibrate import calibrate
 from folklora.adapters.host import steps as _steps
 from folklora.adapters.host import tuner as _tuner
 from folklora.adapters.host.export import export_lora
 from folklora.adapters.host.steps import activation_penalty, penalty
+from folklora.adapters.schedules import anneal_weight_decay, cosine_weight_decay, early_blocks
+from folklora.adapters.statistics import Statistics
 from folklora.factored import Factors, concatenate, factored_linear
 from folklora.methods import methods
 
@@ -29,21 +46,33 @@ _tuner.register()
 _steps.register()
 
 __all__ = [
+    "SALT",
+    "SORSA",
     "AMLoRA",
     "AdapterConfig",
+    "CorDA",
     "Example",
     "Factors",
     "KaSA",
     "LoRA",
+    "LoRASB",
+    "LoRAXS",
     "PiSSA",
     "Run",
+    "SVFit",
+    "SoMA",
+    "Statistics",
     "Task",
     "TrainSettings",
     "Update",
     "activation_penalty",
     "add_task",
+    "anneal_weight_decay",
+    "calibrate",
     "check_method",
     "concatenate",
+    "cosine_weight_decay",
+    "early_blocks",
     "export_lora",
     "factored_linear",
     "learn",

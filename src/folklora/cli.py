@@ -272,6 +272,9 @@ class _Display:
         after = f", going on after {done}" if done else ""
         console.print(f"[bold]{method}[/bold]: {stages} task{'s' * (stages > 1)}{after}")
 
+    def _on_calibrate(self, method: str, examples: int) -> None:
+        self.bar.reset(self.current, description=f"{method}: calibrating", total=None, note=f"{examples} examples")
+
     def _on_train(self, method: str, task: str, index: int, examples: int) -> None:
         text = f"{method}: learning {task} ({index + 1} of {self.stages})"
         self.bar.reset(self.current, description=text, total=None, note=f"{examples} examples")

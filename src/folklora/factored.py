@@ -121,33 +121,106 @@ def concatenate(parts: Sequence[Factors]) -> Factors:
     )
 
 
-def factored_linear(x: Tensor, weight: Tensor, bias: Tensor | None, factors: Factors) -> Tensor:
+def factored_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    factors: Factors,
+    dropout: float = 0.0,
+    shared: SharedInput | None = None,
+) -> Tensor:
     """A linear layer with an update in factors, forward and backward fused.
 
     y = z Bᵀ + b, then y += x Wᵀ in the accumulator of the base's own product, where z = s ⊙ (x Aᵀ). The input
-    gradient goes the same way: (s ⊙ (g B)) A, then += g W. Activations are never copied or cast; the small factors
-    are cast to the base's dtype, and their gradients come back in their own (float32 masters over a bfloat16 base).
-    Under autocast the input and the base weight are taken in autocast's dtype, as `torch.nn.functional.linear` does.
+    gradient goes the same way: (s ⊙ (g B)) A, then += g W. Activations are never cast, and copied for dropout alone,
+    where a byte an element is kept for the backward pass; the small factors are cast to the base's dtype, and their
+    gradients come back in their own (float32 masters over a bfloat16 base). Under autocast the input and the base
+    weight are taken in autocast's dtype, as `torch.nn.functional.linear` does.
 
     Args:
         x: [..., in], in the base weight's dtype unless autocast is on.
         weight: [out, in]; receives a gradient only if it asks for one.
         bias: [out] or None.
         factors: The update; s may be gated by the input.
+        dropout: Probability of dropping an element of the update's input; the base reads x whole.
+        shared: What `share_input` gave for this x and these factors, if layers share x; then without dropout.
 
     Returns:
         [..., out].
     """
-    device = x.device.type
-    # autocast leaves float64 alone, and knows nothing of the meta device
-    if x.dtype != torch.float64 and device != "meta" and torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        x, weight = x.to(dtype), weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
+    x, weight = _autocast(x) if shared is None else shared.x, _autocast(weight)
+    bias = None if bias is None else _autocast(bias)
     s = factors.s
     if isinstance(s, Tensor) and s.dim() > 1:
         s = s.expand(*x.shape[:-1], factors.rank)
-    return _FactoredLinear.apply(x, weight, bias, factors.A, s, factors.B)
+    if shared is None:
+        return _FactoredLinear.apply(x, weight, bias, factors.A, s, factors.B, dropout, None, None)
+    return _FactoredLinear.apply(x, weight, bias, None, s, factors.B, 0.0, shared.h, shared.gradient)
+
+
+@dataclass(frozen=True)
+class SharedInput:
+    """What layers that read one x have together: h = A x, and one buffer for the gradient of x.
+
+    Args:
+        x: The input in the dtype that is computed in.
+        h: [positions, r], this layer's part.
+        gradient: Where each layer adds its gradient of x.
+    """
+
+    x: Tensor
+    h: Tensor
+    gradient: GradientBuffer
+
+
+class GradientBuffer:
+    """The sum of several layers' input gradients, made in the accumulators of their products.
+
+    Autograd would write each layer's gradient of x and then add them up. Here each layer adds into one tensor, and the
+    node that made their shared h, which runs after all of them, takes it. What another backward pass left behind (one
+    that never reached that node) is dropped.
+    """
+
+    def __init__(self) -> None:
+        self._sum: Tensor | None = None
+        self._pass = -1
+
+    def add(self, g: Tensor, weight: Tensor) -> None:
+        """Sum += g W."""
+        current = torch._C._current_graph_task_id()
+        if self._sum is None or self._pass != current:
+            self._sum, self._pass = g @ weight, current
+        else:
+            self._sum.addmm_(g, weight)
+
+    def take(self, g: Tensor, weight: Tensor) -> Tensor:
+        """Sum + g W; empties the buffer."""
+        self.add(g, weight)
+        total, self._sum = self._sum, None
+        return total
+
+
+def share_input(x: Tensor, parts: Sequence[Factors]) -> list[SharedInput]:
+    """One product h = A x for several layers that read the same x, for `factored_linear(..., shared=...)` of each.
+
+    Args:
+        x: [..., in].
+        parts: The layers' factors; their A are [r_i, in].
+
+    Returns:
+        One a layer, in order. Each may be used once.
+    """
+    x, gradient = _autocast(x), GradientBuffer()
+    parts_of_h = _SharedProduct.apply(x, gradient, *(part.A for part in parts))
+    return [SharedInput(x, h, gradient) for h in parts_of_h]
+
+
+def _autocast(x: Tensor) -> Tensor:
+    device = x.device.type
+    # autocast leaves float64 alone, and knows nothing of the meta device
+    if x.dtype != torch.float64 and device != "meta" and torch.is_autocast_enabled(device):
+        return x.to(torch.get_autocast_dtype(device))
+    return x
 
 
 def factored_update(x: Tensor, factors: Factors) -> Tensor:
@@ -168,47 +241,89 @@ def factored_update(x: Tensor, factors: Factors) -> Tensor:
 class _FactoredLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, s: Tensor | float, B: Tensor
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        A: Tensor | None,
+        s: Tensor | float,
+        B: Tensor,
+        dropout: float,
+        h: Tensor | None,
+        gradient: GradientBuffer | None,
     ) -> Tensor:
         dtype = x.dtype
-        rows = x.reshape(-1, x.shape[-1])
-        a, b = A.to(dtype), B.to(dtype)
+        rows, b = x.reshape(-1, x.shape[-1]), B.to(dtype)
         scale = s.to(dtype).reshape(-1, s.shape[-1]) if isinstance(s, Tensor) else s
-        h = rows @ a.T
+        a, kept = None, None
+        if A is not None:
+            a = A.to(dtype)
+            source, kept = torch.native_dropout(rows, dropout, True) if dropout else (rows, None)
+            h = source @ a.T
         z = h * scale
         y = z @ b.T if bias is None else torch.addmm(bias, z, b.T)
         y.addmm_(rows, weight.T)
         gate = scale if isinstance(s, Tensor) else None
-        ctx.save_for_backward(rows, weight, a, b, h, gate)
+        ctx.save_for_backward(rows, weight, a, b, h, gate, kept)
+        ctx.rise, ctx.gradient = 1 / (1 - dropout), gradient
         ctx.constant = None if isinstance(s, Tensor) else s
-        ctx.like = (x.shape, A.dtype, B.dtype, s.shape if isinstance(s, Tensor) else None)
+        ctx.like = (x.shape, A.dtype if A is not None else None, B.dtype, s.shape if isinstance(s, Tensor) else None)
         ctx.s_dtype = s.dtype if isinstance(s, Tensor) else None
         return y.view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        rows, weight, a, b, h, gate = ctx.saved_tensors
+        rows, weight, a, b, h, gate, kept = ctx.saved_tensors
         shape, a_dtype, b_dtype, s_shape = ctx.like
-        needs_x, needs_w, needs_bias, needs_a, needs_s, needs_b = ctx.needs_input_grad
+        needs_x, needs_w, needs_bias, needs_a, needs_s, needs_b, _, needs_h, _ = ctx.needs_input_grad
         scale = ctx.constant if gate is None else gate
         g = grad.reshape(-1, grad.shape[-1])
         gz = g @ b
         gh = gz * scale
         grad_x = grad_w = grad_bias = grad_a = grad_s = grad_b = None
-        if needs_x:
-            grad_x = gh @ a
+        if needs_x and ctx.gradient is None:
+            grad_x = _dropped(gh @ a, kept, ctx.rise)
             grad_x.addmm_(g, weight)
             grad_x = grad_x.view(shape)
+        elif needs_x:
+            ctx.gradient.add(g, weight)
         if needs_w:
             grad_w = g.T @ rows
         if needs_bias:
             grad_bias = g.sum(0)
         if needs_a:
-            grad_a = (gh.T @ rows).to(a_dtype)
+            grad_a = (gh.T @ _dropped(rows, kept, ctx.rise)).to(a_dtype)
         if needs_s:
             products = gz.to(ctx.s_dtype) * h.to(ctx.s_dtype)
             grad_s = products.sum(0) if len(s_shape) == 1 else products.view(s_shape)
         if needs_b:
             grad_b = (g.T @ (h * scale)).to(b_dtype)
-        return grad_x, grad_w, grad_bias, grad_a, grad_s, grad_b
+        return grad_x, grad_w, grad_bias, grad_a, grad_s, grad_b, None, gh if needs_h else None, None
+
+
+class _SharedProduct(torch.autograd.Function):
+    """x [..., in], A_1 [r_1, in], ..., A_n → h_1 [positions, r_1], ..., h_n in one product with the stacked A."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gradient: GradientBuffer, *parts: Tensor) -> tuple[Tensor, ...]:
+        rows, a = x.reshape(-1, x.shape[-1]), torch.cat(parts).to(x.dtype)
+        ctx.save_for_backward(rows, a)
+        ctx.gradient, ctx.shape = gradient, x.shape
+        ctx.ranks, ctx.dtypes = [part.shape[0] for part in parts], [part.dtype for part in parts]
+        return tuple((rows @ a.T).split_with_sizes(ctx.ranks, dim=1))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        rows, a = ctx.saved_tensors
+        gh = torch.cat(grads, dim=1)
+        grad_x = ctx.gradient.take(gh, a).view(ctx.shape) if ctx.needs_input_grad[0] else None
+        wanted = ctx.needs_input_grad[2:]
+        grad_a = (gh.T @ rows).split_with_sizes(ctx.ranks) if any(wanted) else [None] * len(wanted)
+        grad_a = [g.to(d) if need else None for g, d, need in zip(grad_a, ctx.dtypes, wanted, strict=True)]
+        return grad_x, None, *grad_a
+
+
+def _dropped(rows: Tensor, kept: Tensor | None, rise: float) -> Tensor:
+    return rows if kept is None else torch.ops.aten.native_dropout_backward(rows, kept, rise)

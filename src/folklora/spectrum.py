@@ -36,6 +36,9 @@ from torch import Tensor
 # for their lengths to be singular values to float32 precision.
 _RELIABLE_SHARE = 1e-4
 
+# Relative round-off of a sum of squares that were computed by way of the Gram matrix.
+_SUM_ERROR = 1e-12
+
 # Entries this close to the largest one count as tied for it, so that round-off does not choose the sign.
 _SIGN_TIE = 1e-6
 
@@ -74,7 +77,7 @@ def top(weight: Tensor, count: int, *, dtype: torch.dtype = torch.float32) -> Tr
         ValueError: `weight` is no floating-point matrix, or has values that are not finite; `count` is not
             in 1 ... k.
     """
-    _check(weight, count)
+    check_weight(weight, count)
     return _triplets(weight, slice(0, count), dtype)
 
 
@@ -95,7 +98,7 @@ def bottom(weight: Tensor, count: int, *, dtype: torch.dtype = torch.float32) ->
         ValueError: `weight` is no floating-point matrix, or has values that are not finite; `count` is not
             in 1 ... k.
     """
-    _check(weight, count)
+    check_weight(weight, count)
     short = min(weight.shape[-2:])
     return _triplets(weight, slice(short - count, short), dtype)
 
@@ -114,7 +117,7 @@ def triplets(weight: Tensor, *, dtype: torch.dtype = torch.float32) -> Triplets:
         ValueError: `weight` is no floating-point matrix, has an empty side, or has values that are not
             finite.
     """
-    _check(weight)
+    check_weight(weight)
     return _triplets(weight, slice(0, min(weight.shape[-2:])), dtype)
 
 
@@ -141,11 +144,58 @@ def top_factors(
         ValueError: `weight` is no floating-point matrix, or has values that are not finite; `count` is not
             in 1 ... k; `scale` is not a positive number.
     """
+    return balanced(top(weight, count, dtype=dtype), scale)
+
+
+@torch.no_grad()
+def balanced(part: Triplets, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Singular triplets as a LoRA pair of equal shares: scale * B0 @ A0 = U diag(S) V^T.
+
+        B0 = U diag(sqrt(S / scale))        A0 = diag(sqrt(S / scale)) V^T
+
+    Args:
+        part: the triplets, [..., t].
+        scale: what the product will be multiplied with (LoRA's alpha / r, say), above 0.
+
+    Returns:
+        B0 [..., m, t] and A0 [..., t, n].
+
+    Raises:
+        ValueError: `scale` is not a positive number.
+    """
     if not 0 < scale < float("inf"):
         raise ValueError(f"scale is {scale}, but must be a positive finite number (alpha / r, say)")
-    strongest = top(weight, count, dtype=dtype)
-    root = (strongest.S / scale).sqrt()
-    return strongest.U * root.unsqueeze(-2), root.unsqueeze(-1) * strongest.V.mT
+    root = (part.S / scale).sqrt()
+    return part.U * root.unsqueeze(-2), root.unsqueeze(-1) * part.V.mT
+
+
+@torch.no_grad()
+def energy_rank(weight: Tensor, share: float, *, squared: bool = True) -> int:
+    """The least number of singular triplets that hold a share of a weight's energy.
+
+    The smallest r with S_1^2 + ... + S_r^2 >= share (S_1^2 + ... + S_k^2); without `squared`, of the values themselves.
+
+    Args:
+        weight: [m, n], any floating dtype; the computation is in float64.
+        share: the share, above 0 and at most 1.
+        squared: whether energy is the square of a singular value or the value itself.
+
+    Returns:
+        r, 1 <= r <= k = min(m, n); 1 for W = 0.
+
+    Raises:
+        ValueError: `weight` is no floating-point matrix, or has values that are not finite; `share` is not
+            above 0 and at most 1.
+    """
+    if not 0 < share <= 1:
+        raise ValueError(f"share is {share}, but must be above 0 and at most 1")
+    check_weight(weight)
+    layer = weight.double()
+    gram = layer.mT @ layer if layer.shape[0] >= layer.shape[1] else layer @ layer.mT
+    energy = torch.linalg.eigvalsh(gram).flip(-1).clamp(min=0)
+    reached = (energy if squared else energy.sqrt()).cumsum(0)
+    # round-off in the sum must not ask for one more value
+    return int((reached < share * reached[-1] * (1 - _SUM_ERROR)).sum()) + 1
 
 
 @torch.no_grad()
@@ -171,12 +221,12 @@ def bottom_factors(weight: Tensor, count: int, *, dtype: torch.dtype = torch.flo
         ValueError: `weight` is no floating-point matrix, or has values that are not finite; `count` is not
             in 1 ... k.
     """
-    _check(weight, count)
+    check_weight(weight, count)
     m, n = weight.shape[-2:]
 
     def factors(layer: Tensor) -> tuple[Tensor, Tensor]:
         E = _short_side_vectors(layer)[0][:, -count:]
-        E = E * _signs(E)
+        E = E * column_signs(E)
         return (layer @ E, E.mT) if n <= m else (E, E.mT @ layer)
 
     P, Q = _layer_by_layer(weight, factors, [(m, count), (count, n)], dtype)
@@ -220,7 +270,8 @@ def _check_matrix(name: str, matrix: Tensor) -> None:
         )
 
 
-def _check(weight: Tensor, count: int | None = None) -> None:
+def check_weight(weight: Tensor, count: int | None = None) -> None:
+    """Refuse what cannot be decomposed, or has fewer than `count` singular values, with a ValueError in words."""
     _check_matrix("weight", weight)
     short = min(weight.shape[-2:])
     shape = list(weight.shape[-2:])
@@ -283,7 +334,7 @@ def _decompose(layer: Tensor, chosen: slice) -> tuple[Tensor, Tensor, Tensor]:
         S = torch.cat([S[:strong], weak])
     S, order = S.sort(descending=True)
     U, V = (Q[:, order], E[:, order]) if tall else (E[:, order], Q[:, order])
-    sign = _signs(V)
+    sign = column_signs(V)
     return U * sign, S, V * sign
 
 
@@ -294,7 +345,7 @@ def _short_side_vectors(layer: Tensor) -> tuple[Tensor, Tensor]:
     return vectors.flip(-1), values[-1].clamp(min=0).sqrt()
 
 
-def _signs(vectors: Tensor) -> Tensor:
+def column_signs(vectors: Tensor) -> Tensor:
     """+1 or -1 for each column of [n, t], such that its largest entry becomes positive."""
     magnitude = vectors.abs()
     tied = magnitude >= (1 - _SIGN_TIE) * magnitude.amax(0)

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import tempfile
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,8 +14,10 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 from folklora.adapters.base import AdapterConfig
+from folklora.adapters.calibrate import calibrate
 from folklora.adapters.host.layer import FolkloraLayer, layers_of
 from folklora.adapters.host.steps import activation_penalty
 
@@ -42,10 +45,56 @@ def llama(layers: int = 2, dtype: torch.dtype = torch.float32) -> LlamaForCausal
         return LlamaForCausalLM(config).to(dtype).eval()
 
 
+class TwoLayers(nn.Module):
+    """A wide layer `q` [20, 32] and a tall one `v` [36, 20] with a tanh between them, the same at every call.
+
+    Args:
+        transposed: Made of transformers' `Conv1D`, which stores its weight as [in, out]; it computes the same.
+    """
+
+    def __init__(self, transposed: bool = False) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.q, self.v = nn.Linear(32, 20), nn.Linear(20, 36)
+        if transposed:
+            self.q, self.v = _as_conv1d(self.q), _as_conv1d(self.v)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., 32] to [..., 36]."""
+        return self.v(torch.tanh(self.q(x)))
+
+
+def _as_conv1d(linear: nn.Linear) -> Conv1D:
+    layer = Conv1D(linear.out_features, linear.in_features)
+    layer.weight.data, layer.bias.data = linear.weight.data.T.contiguous(), linear.bias.data.clone()
+    return layer
+
+
 def adapted(config: AdapterConfig, layers: int = 2, dtype: torch.dtype = torch.float32) -> PeftModel:
     """A fresh tiny Llama with the adapter at its seeded start."""
+    model = llama(layers, dtype)
+    config = calibrated(model, config)
     torch.manual_seed(5)
-    return get_peft_model(llama(layers, dtype), copy.deepcopy(config))
+    return get_peft_model(model, config)
+
+
+def calibrated(model: nn.Module, config: AdapterConfig, batches: Sequence[Any] = ()) -> AdapterConfig:
+    """A copy of a configuration, with the statistics that its method needs of a model that carries no adapter yet.
+
+    Args:
+        model: The model.
+        config: The method.
+        batches: What to calibrate on; a model's loss on them is its output's mean square. None take `batch()` and a
+            language model's own loss.
+    """
+    config = copy.deepcopy(config)
+    if not config.needs or config.statistics is not None:
+        return config
+    loss = _mean_square if batches else None
+    return config.calibrated(
+        calibrate(model, batches or [labelled_batch()], config.needs, target_modules=config, loss=loss)
+    )
 
 
 def trained(config: AdapterConfig) -> PeftModel:
@@ -92,6 +141,12 @@ def batch() -> dict[str, Tensor]:
     return {"input_ids": tokens, "attention_mask": mask}
 
 
+def labelled_batch() -> dict[str, Tensor]:
+    """`batch()` with its tokens as labels, padding left out."""
+    inputs = batch()
+    return {**inputs, "labels": inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)}
+
+
 def logits(model: nn.Module) -> Tensor:
     """The model's logits on `batch()` in evaluation mode; its own mode is restored."""
     training = model.training
@@ -103,9 +158,7 @@ def logits(model: nn.Module) -> Tensor:
 
 def loss(model: nn.Module, call: Any = None) -> Tensor:
     """The language-modelling loss on `batch()` with the method's activation penalty; `call` computes it."""
-    inputs = batch()
-    labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
-    value = (model if call is None else call)(**inputs, labels=labels).loss
+    value = (model if call is None else call)(**labelled_batch()).loss
     extra = activation_penalty(model)
     return value if extra is None else value + extra
 
@@ -240,6 +293,11 @@ def same(actual: Tensor, expected: Tensor, what: str) -> None:
     if not torch.equal(actual, expected):
         error = float((actual.double() - expected.double()).abs().max())
         raise AssertionError(f"{what}: not equal bit for bit (largest difference {error:.2e})")
+
+
+def _mean_square(model: nn.Module, inputs: Any) -> Tensor:
+    output = model(**inputs) if isinstance(inputs, dict) else model(inputs)
+    return getattr(output, "logits", output).square().mean()
 
 
 class NoDecomposition(TorchDispatchMode):

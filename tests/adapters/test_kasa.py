@@ -42,7 +42,8 @@ def net() -> Net:
 def adapted(base: nn.Module | None = None, seed: int = 1, **options: Any) -> PeftModel:
     base = base or net()
     torch.manual_seed(seed)
-    return get_peft_model(base, KaSA(**{"r": R, "target_modules": TARGETS} | options))
+    # the layers are small, and most tests need several directions dropped
+    return get_peft_model(base, KaSA(**{"r": R, "truncate_limit": 1.0, "target_modules": TARGETS} | options))
 
 
 def inputs() -> Tensor:
@@ -281,7 +282,7 @@ def test_dropout_touches_only_the_learned_part(trained: bool):
     x, base = inputs(), layer.get_base_layer()
     world = factored_linear(x, base.weight, base.bias, Factors(update.Q, -1.0, update.P))
     torch.manual_seed(5)
-    kept = x * (torch.rand_like(x) >= p) / (1 - p)
+    kept = F.dropout(x, p)
     torch.manual_seed(5)
     y = layer.train()(x)
     if trained:
@@ -365,11 +366,18 @@ def test_what_cannot_be_truncated_is_refused_with_the_layers_name():
         adapted(truncate=20)
     with pytest.raises(ValueError, match=r"truncating 20 directions leaves nothing of layer 'q'"):
         adapted(r=20)
+    adapted(r=20, truncate_limit=0.95)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"l3": "squared"}, "l3"), ({"reduction": "max"}, "reduction"), ({"truncate": -1}, "truncate"), ({"r": 0}, "r")],
+    [
+        ({"l3": "squared"}, "l3"),
+        ({"reduction": "max"}, "reduction"),
+        ({"truncate": -1}, "truncate"),
+        ({"truncate_limit": 1.5}, "truncate_limit"),
+        ({"r": 0}, "r"),
+    ],
 )
 def test_options_that_make_no_sense_are_refused(options: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=message):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from folklora import AMLoRA, KaSA, LoRA, PiSSA, check, methods, tiny
+from folklora import SALT, SORSA, AMLoRA, CorDA, KaSA, LoRA, LoRASB, LoRAXS, PiSSA, SVFit, check, methods, tiny
 from folklora.adapters.lora import LoRAUpdate
 
 TARGETS = tiny.TARGETS
@@ -29,14 +29,39 @@ VARIANTS = {
         target_modules=TARGETS,
     ),
     "am-lora as in the paper": AMLoRA(r=3, tasks=2, gate_input="lora", sparsity_on="scores", target_modules=TARGETS),
+    "corda kpm": CorDA(r=3, mode="kpm", alpha=7, power=0.5, target_modules="all-linear", rank_pattern={"k_proj": 5}),
     "kasa without truncation": KaSA(r=3, truncate=0, target_modules=TARGETS),
     "kasa with dropout": KaSA(
-        r=3, truncate=5, l3="paper", reduction="sum", rslora=True, dropout=0.3, target_modules="all-linear"
+        r=3,
+        truncate=5,
+        truncate_limit=1.0,
+        l3="paper",
+        reduction="sum",
+        rslora=True,
+        dropout=0.3,
+        target_modules="all-linear",
     ),
     "lora on embedding and head": LoRA(
         r=3, dropout=0.3, target_modules=["embed_tokens", "lm_head", "o_proj"], rank_pattern={"o_proj": 5}
     ),
+    "lora-sb on embedding and head": LoRASB(
+        r=3,
+        alpha=7,
+        eta=0.01,
+        dropout=0.3,
+        target_modules=["embed_tokens", "lm_head", "o_proj"],
+        rank_pattern={"o_proj": 5},
+    ),
+    "lora-xs from the base": LoRAXS(
+        r=3, sigma=0.0, alpha=7, dropout=0.3, target_modules=["embed_tokens", "lm_head", "o_proj", "up_proj"]
+    ),
     "pissa with alpha": PiSSA(r=3, alpha=7, rslora=True, target_modules="all-linear", rank_pattern={"k_proj": 5}),
+    "salt without relu": SALT(r=3, top=4, relu="none", penalty_weight=0.1, save_vectors=True, target_modules=TARGETS),
+    "salt with a positive diagonal": SALT(r=3, top_ratio=0.5, relu="diag", target_modules="all-linear"),
+    "sorsa with dropout": SORSA(
+        r=3, alpha=7, dropout=0.3, peak_learning_rate=0.03, reduction="sum", target_modules="all-linear"
+    ),
+    "svfit by energy": SVFit(energy=0.9, energy_of="s", target_modules=["embed_tokens", "lm_head", *TARGETS]),
 }
 
 

@@ -221,16 +221,17 @@ class AMLoRAUpdate(Update):
         return d
 
     def _placed_weights(self, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """The gates' weights [t, in] on the input itself, and the constants [t] that centring takes off.
+        """The gates' weights [t, d] as they meet the input itself, and the constants [t] that centring takes off.
 
         A gate reads P (q - m_1) / |d|, P the projection off what told the earlier tasks from the first: however it is
         trained, its score where it reads an earlier task's mean stays its bias. P is applied to w, not to q.
         """
-        basis = torch.stack(list(self.known))[1:]
-        along = (weights @ basis.T).tril(-2)
-        weights = (weights - along @ basis) / torch.stack(list(self.distance))
-        centre = torch.cat([torch.zeros_like(weights[:1]), self.known[0].expand_as(weights[1:])])
-        return weights, (weights * centre).sum(-1)
+        own, others = weights[:, : self.shape[1]], weights[:, self.shape[1] :]
+        basis = torch.stack(list(self.known))
+        along = (own @ basis[1:].T).tril(-2)
+        own = (own - along @ basis[1:]) / torch.stack(list(self.distance))
+        first = torch.arange(len(own), device=own.device) == 0
+        return torch.cat([own, others], dim=1), (own @ basis[0]).masked_fill(first, 0.0)
 
     def factors(self, x: Tensor | None = None, mask: Tensor | None = None) -> Factors:
         """The LoRAs side by side; s holds each one's attention on each of its ranks, [..., t r]."""
@@ -248,22 +249,29 @@ class AMLoRAUpdate(Update):
 
     def scores(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """e_1, ..., e_t for the input [..., in]: float32, [..., t] ([..., 1, t] for one a sequence)."""
-        pooled = self._pool(x, mask)
         if self.record:
-            self.read = pooled.detach()
-        width = self.shape[1] if self.config.gate_input != "lora" else 0
+            self.read = self._pool(x, mask).detach()
         total = torch.stack([bias[0] for bias in self.gate_bias]).float()
-        weights = torch.stack(list(self.gate_weight))
+        weights, centre = torch.stack(list(self.gate_weight)), 0.0
+        if self.config.placed:
+            weights, centre = self._placed_weights(weights)
+        if self.config.score_activation == "identity":
+            # a score is linear in what it reads, so the mean is taken over t scores and not over all features
+            seen = self._pool(self._seen(x, weights), mask)
+        else:
+            seen = self._seen(self._pool(x, mask), weights)
+        return total + (seen - centre) / self.config.temperature
+
+    def _seen(self, q: Tensor, weights: Tensor) -> Tensor:
+        """w_i · g(q_i) of each gate, [..., t] float32."""
+        width = self.shape[1] if self.config.gate_input != "lora" else 0
+        parts = []
         if width:
-            q = self._activated(pooled)
-            own, offset = weights[:, :width], 0.0
-            if self.config.placed:
-                own, offset = self._placed_weights(own)
-            seen = F.linear(q, own.to(q.dtype)).float() - offset
-            total = total + seen / self.config.temperature
+            own = self._activated(q)
+            parts.append(F.linear(own, weights[:, :width].to(own.dtype)).float())
         if self.config.gate_input != "input":
-            total = total + self._lora_scores(pooled, weights[:, width:]) / self.config.temperature
-        return total
+            parts.append(self._lora_scores(q, weights[:, width:]))
+        return sum(parts[1:], parts[0])
 
     def _activated(self, q: Tensor) -> Tensor:
         return torch.tanh(q) if self.config.score_activation == "tanh" else q

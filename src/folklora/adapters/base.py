@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import enum
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -14,6 +16,7 @@ from peft import PeftConfig
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
+from folklora.adapters.statistics import Statistics, shape_of
 from folklora.factored import Factors
 
 
@@ -63,12 +66,32 @@ class Update(nn.Module):
         raise NotImplementedError
 
     batched_penalty: ClassVar[bool] = False
-    """Whether `penalty` is one function of the trained parameters in all layers of an adapter, made of operations that
-    `torch.func.vmap` can batch: then layers of one shape are computed together."""
+    """Whether `penalty` is one function of the trained parameters (and of `penalty_reads`) in all layers of an adapter,
+    made of operations that `torch.func.vmap` can batch: then layers of one shape are computed together."""
 
     def split(self, x: Tensor | None = None, mask: Tensor | None = None) -> tuple[Factors, Factors | None]:
         """`factors` in two parts: what reads the dropped-out input, and what takes the input as it is."""
         return self.factors(x, mask), None
+
+    unsaved: frozenset[str] = frozenset()
+    """Names of frozen parameters that a saved file leaves out, because `derive` makes them again from the base."""
+
+    def derive(self, weight: Tensor, saved: dict[str, Tensor], layer: str) -> dict[str, Tensor]:
+        """The values of the `unsaved` parameters, made again.
+
+        Args:
+            weight: The base weight [out, in], dequantised, on its device.
+            saved: The update's saved values by parameter name.
+            layer: The layer's name, for messages.
+        """
+        return {}
+
+    penalty_reads: ClassVar[frozenset[str]] = frozenset()
+    """Names of the frozen parameters that `penalty` reads, where `batched_penalty` is set."""
+
+    corrects_base: ClassVar[bool] = False
+    """Whether the fixed part of `split` takes something out of the base itself, the same for every adapter of the
+    method up to its rank. Of several such adapters active at once, only the correction of the highest rank counts."""
 
     def penalty(self) -> Tensor | None:
         """The method's regulariser of these parameters, a scalar; None where it has none."""
@@ -101,6 +124,7 @@ class AdapterConfig(PeftConfig):
         layers_to_transform: Indices of the blocks to adapt; None takes all.
         layers_pattern: Name of the list of blocks, where `layers_to_transform` is given and PEFT does not know it.
         modules_to_save: Modules trained in full and saved beside the adapter, such as a classification head.
+        train_bias: Also train the bias of adapted layers that have one, as a change that the adapter holds, from 0.
         dropout: Probability of dropping an element of the adapter's input while training.
         rank_pattern: Rank for layers whose name matches a key; the others have the method's own.
         alpha_pattern: Alpha for layers whose name matches a key.
@@ -113,6 +137,7 @@ class AdapterConfig(PeftConfig):
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
     modules_to_save: list[str] | None = None
+    train_bias: bool = False
     dropout: float = 0.0
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
@@ -121,6 +146,10 @@ class AdapterConfig(PeftConfig):
     trains: ClassVar[str] = ""
     layer_kinds: ClassVar[frozenset[str]] = frozenset({"linear", "embedding", "convolution"})
     penalty_reduction: ClassVar[str] = "sum"
+    needs: ClassVar[frozenset[str]] = frozenset()
+    """Kinds of statistics ("covariance", "gradient", "fisher") that `update` is given of its layer."""
+    statistics: ClassVar[Statistics | None] = None
+    """What `calibrated` was given; no option, so it is never saved with them."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> AdapterConfig:
         """Choose the class by `method` when called as `AdapterConfig(...)`; refuse options that it does not know."""
@@ -164,10 +193,38 @@ class AdapterConfig(PeftConfig):
             key = get_pattern_key(pattern, name)
             if key in pattern:
                 changes[option] = pattern[key]
-        return dataclasses.replace(self, **changes) if changes else self
+        return self.changed(**changes) if changes else self
 
-    def update(self, weight: Tensor) -> Update:
-        """A new update for the base weight [out, in], dequantised, on its device."""
+    def chosen_rank(self, weight: Tensor) -> int | None:
+        """The rank that the method reads from the base weight [out, in]; None where the options give it.
+
+        The host asks before `update` and writes the answer into `rank_pattern`, which is saved.
+        """
+        return None
+
+    def changed(self, **options: Any) -> AdapterConfig:
+        """A copy with some options changed, and with the statistics that this one carries."""
+        return dataclasses.replace(self, **options).calibrated(self.statistics)
+
+    def calibrated(self, statistics: Statistics | None) -> AdapterConfig:
+        """A copy that carries statistics of the base model's layers, for a method that `needs` them.
+
+        They are read when the adapter is put on the model, and dropped with that; a saved adapter needs none.
+
+        Args:
+            statistics: What `folklora.calibrate` found, or `Statistics.load` read.
+        """
+        twin = copy.copy(self)
+        twin.statistics = statistics
+        return twin
+
+    def update(self, weight: Tensor, stats: Mapping[str, Tensor] | None = None) -> Update:
+        """A new update for the base weight [out, in], dequantised, on its device.
+
+        Args:
+            weight: The base weight.
+            stats: Given only to a method that `needs` any: the layer's, by kind, on the weight's device.
+        """
         raise NotImplementedError
 
     def empty(self, shape: tuple[int, int]) -> Update:
@@ -181,8 +238,20 @@ class AdapterConfig(PeftConfig):
             return [f"rank {self.r} is above {limit}, the largest for layer '{name}' with weight {list(shape)}"]
         return []
 
+    def check_statistics(self, stats: Mapping[str, Tensor], shape: tuple[int, int], name: str) -> list[str]:
+        """What speaks against these statistics of the layer `name` with a weight of `shape`; nothing if empty."""
+        problems = []
+        for kind in sorted(self.needs):
+            expected = shape_of(kind, shape)
+            if kind not in stats:
+                problems.append(f"{self.method} needs the {kind} of layer '{name}', and the statistics have none")
+            elif stats[kind].shape != expected:
+                found = list(stats[kind].shape)
+                problems.append(f"the {kind} of layer '{name}' has shape {found}, not {list(expected)}")
+        return problems
+
     def trainable_count(self, shape: tuple[int, int]) -> int:
-        """How many parameters are trained on a weight of `shape` (out, in)."""
+        """How many parameters are trained on a weight of `shape` (out, in), its bias not counted."""
         raise NotImplementedError
 
     @staticmethod

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from folklora.adapters.base import AdapterConfig, Update, kaiming_uniform, zeros
 from folklora.factored import Factors, concatenate
 from folklora.spectrum import bottom_factors, orthonormality_error
+
+# what models of transformers and timm call their output layers
+_HEADS = ("lm_head", "embed_out", "score", "classifier", "pre_classifier", "classification_head", "qa_outputs", "head")
 
 
 @dataclass
@@ -22,6 +25,9 @@ class KaSA(AdapterConfig):
     A starts Kaiming-uniform, B at 0, d ~ N(0, 1); the output changes at the start by design, by the dropped part.
     W itself is kept and -P Q is a frozen part of the update, so that disabling the adapter gives back the base bit
     for bit and the update exports as a LoRA of rank r + t. r (in + out) + r trained parameters a weight.
+    Small weights and heads need all their directions: t is at most `truncate_limit` of a weight's min(in, out) singular
+    values, and 0 on layers that `untruncated` names (the authors' code knows neither limit). Of several KaSA adapters
+    active at once on a layer, the largest truncation counts, once: W_world + Σ η B diag(d) A.
 
     Loss, over the M adapted weights:  L_task + β Σ L2 + γ Σ L3,  L2 = Σ_j d_j²,  and L3 in one of two forms:
     `l3="paper"`:      ‖Bᵀ B - I_r‖_F + ‖A Aᵀ - I_r‖_F;
@@ -38,6 +44,9 @@ class KaSA(AdapterConfig):
         alpha: α of η = α/r.
         rslora: η = α/√r.
         truncate: Number t of dropped directions; None takes t = r, as the authors' code does.
+        truncate_limit: Largest share of a weight's singular values that is dropped; t is lowered to it. 1 sets no
+            limit, the default 1/16 leaves weights of fewer than 16 whole.
+        untruncated: Layers that are never truncated: those with one of these as a part of their name.
         beta: Weight β of L2.
         gamma: Weight γ of L3.
         l3: Form of L3.
@@ -49,6 +58,8 @@ class KaSA(AdapterConfig):
     alpha: float = 16.0
     rslora: bool = False
     truncate: int | None = None
+    truncate_limit: float = 1 / 16
+    untruncated: list[str] = field(default_factory=lambda: list(_HEADS))
     beta: float = 1e-4
     gamma: float = 1e-3
     l3: Literal["paper", "reference"] = "reference"
@@ -66,16 +77,23 @@ class KaSA(AdapterConfig):
             raise ValueError(f"reduction must be 'mean' or 'sum', not {self.reduction!r}")
         if self.truncate is not None and self.truncate < 0:
             raise ValueError(f"truncate must be at least 0, not {self.truncate}")
+        if not 0 <= self.truncate_limit <= 1:
+            raise ValueError(f"truncate_limit must be from 0 to 1, not {self.truncate_limit}")
 
     @property
     def penalty_reduction(self) -> str:
         """How the host combines the weights' penalties."""
         return self.reduction
 
+    def for_module(self, name: str) -> KaSA:
+        """The options for one layer: no truncation where `untruncated` names it."""
+        own = super().for_module(name)
+        return replace(own, truncate=0) if set(name.split(".")).intersection(self.untruncated) else own
+
     def update(self, weight: Tensor) -> KaSAUpdate:
         """Decompose the weight's weak end; draw A and d."""
         out, columns = weight.shape
-        t = self._truncated
+        t = self._truncated(weight.shape)
         if t:
             P, Q = bottom_factors(weight, t)
         else:
@@ -90,16 +108,16 @@ class KaSA(AdapterConfig):
     def empty(self, shape: tuple[int, int]) -> KaSAUpdate:
         """The same shapes, zeros."""
         out, columns = shape
-        t = self._truncated
+        t = self._truncated(shape)
         P, Q = torch.zeros(out, t), torch.zeros(t, columns)
         return KaSAUpdate(zeros(self.r, columns), zeros(out, self.r), zeros(self.r), P, Q, self)
 
     def check(self, shape: tuple[int, int], name: str) -> list[str]:
         """A rank above the weight's, or nothing left after the truncation."""
         problems = super().check(shape, name)
-        if self._truncated >= min(shape):
+        if self._truncated(shape) >= min(shape):
             problems.append(
-                f"truncating {self._truncated} directions leaves nothing of layer '{name}' with weight "
+                f"truncating {self._truncated(shape)} directions leaves nothing of layer '{name}' with weight "
                 f"{list(shape)}; at most {min(shape) - 1}"
             )
         return problems
@@ -108,9 +126,9 @@ class KaSA(AdapterConfig):
         """r (in + out) + r."""
         return self.r * sum(shape) + self.r
 
-    @property
-    def _truncated(self) -> int:
-        return self.r if self.truncate is None else self.truncate
+    def _truncated(self, shape: tuple[int, int]) -> int:
+        wanted = self.r if self.truncate is None else self.truncate
+        return min(wanted, int(self.truncate_limit * min(shape)))
 
 
 class KaSAUpdate(Update):
@@ -118,6 +136,7 @@ class KaSAUpdate(Update):
 
     frozen: ClassVar[frozenset[str]] = frozenset({"P", "Q"})
     batched_penalty: ClassVar[bool] = True
+    corrects_base: ClassVar[bool] = True
 
     def __init__(self, A: nn.Parameter, B: nn.Parameter, d: nn.Parameter, P: Tensor, Q: Tensor, config: KaSA) -> None:
         super().__init__()

@@ -43,7 +43,7 @@ class PiSSA(AdapterConfig):
         super().__post_init__()
         self.check_rank(self.r)
         if self.dropout:
-            raise ValueError("PiSSA takes no dropout: it would drop principal components of the weight")
+            raise ValueError(f"{type(self).__name__} takes no dropout: it would drop components of the weight")
 
     def update(self, weight: Tensor) -> PiSSAUpdate:
         """Decompose the weight; the trained pair starts at the frozen one."""

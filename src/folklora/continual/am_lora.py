@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from peft import PeftModel
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from folklora.adapters.am_lora import AMLoRA, AMLoRAUpdate, add_task
@@ -17,6 +18,7 @@ from folklora.continual.base import ContinualMethod
 from folklora.stream.tasks import Task
 
 _OBSERVED = 48
+_TOGETHER = 16
 
 
 @dataclass
@@ -67,7 +69,7 @@ class AMLoRAStream(ContinualMethod):
         updates, mean = _updates(model), []
         for task in tasks:
             prompts = [example.prompt for example in task.test[:_OBSERVED]]
-            seen = _watch(model, tokenizer, prompts, updates, lambda update: update.attention.flatten(0, -2).mean(0))
+            seen = _watch(model, tokenizer, prompts, updates, lambda update, mask: _mean(update.attention, mask))
             mean.append([[round(value, 6) for value in row.tolist()] for row in seen])
         slots = [*(["none"] if self.adapter.zero_slot else []), *(task.name for task in tasks)]
         names = [layer.name for layer in layers_of(model)]
@@ -82,7 +84,7 @@ def _ends_of(model: PeftModel, tokenizer: PreTrainedTokenizerBase, task: Task) -
     """(update, the mean of what its gates read at the end of the task's training prompts), layer by layer."""
     updates = _updates(model)
     prompts = [example.prompt for example in task.train[:_OBSERVED]]
-    means = _watch(model, tokenizer, prompts, updates, lambda update: update.read.flatten(0, -2)[-1])
+    means = _watch(model, tokenizer, prompts, updates, lambda update, mask: _last(update.read, mask))
     return zip(updates, means, strict=True)
 
 
@@ -92,24 +94,48 @@ def _watch(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],
     updates: Sequence[AMLoRAUpdate],
-    look: Callable[[AMLoRAUpdate], Tensor],
+    look: Callable[[AMLoRAUpdate, Tensor], Tensor],
 ) -> list[Tensor]:
-    """What `look` gives for each update, averaged over prompts read one by one."""
+    """What `look` gives of each update and the positions' mask, [rows, ...], averaged over the prompts."""
     training = model.training
     model.eval()
     totals = [torch.zeros((), dtype=torch.float64)] * len(updates)
     for update in updates:
         update.record = True
     try:
-        for prompt in prompts:
-            inputs = tokenizer(prompt, return_tensors="pt", truncation=True).to(model.device)
-            inputs.pop("token_type_ids", None)
+        for start in range(0, len(prompts), _TOGETHER):
+            ids, mask = _padded(tokenizer, prompts[start : start + _TOGETHER], model.device)
+            inputs = {"input_ids": ids, "attention_mask": mask}
             if model.config.is_encoder_decoder:
-                inputs["decoder_input_ids"] = inputs["input_ids"][:, :1]
+                inputs["decoder_input_ids"] = ids[:, :1]
             model(**inputs)
-            totals = [total + look(update).double().cpu() for total, update in zip(totals, updates, strict=True)]
+            seen = [look(update, mask).double().sum(0).cpu() for update in updates]
+            totals = [total + part for total, part in zip(totals, seen, strict=True)]
     finally:
         model.train(training)
         for update in updates:
             update.record, update.attention, update.read = False, None, None
     return [total / len(prompts) for total in totals]
+
+
+def _padded(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token ids and mask, [prompts, positions], padded on the right."""
+    rows = [torch.tensor(tokenizer(prompt, truncation=True)["input_ids"], device=device) for prompt in prompts]
+    blank = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    ids = pad_sequence(rows, batch_first=True, padding_value=blank or 0)
+    return ids, pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+
+
+def _last(values: Tensor, mask: Tensor) -> Tensor:
+    """[rows, positions, ...] at each row's last real position; values of other positions than the mask's are whole."""
+    if values.shape[:2] != mask.shape:
+        return values[:, -1]
+    return values[torch.arange(len(values), device=values.device), mask.sum(1) - 1]
+
+
+def _mean(values: Tensor, mask: Tensor) -> Tensor:
+    """[rows, positions, ...] averaged over each row's real positions."""
+    if values.shape[:2] != mask.shape:
+        return values.mean(1)
+    weights = mask.to(values.dtype).unsqueeze(-1)
+    return (values * weights).sum(1) / weights.sum(1)

@@ -29,6 +29,7 @@ import folklora
 from folklora.adapters.host.layer import layers_of
 from folklora.continual.base import ContinualMethod
 from folklora.stream import metrics
+from folklora.stream.calibration import calibrated
 from folklora.stream.evaluate import evaluate
 from folklora.stream.files import write_json
 from folklora.stream.options import build_method, describe, split_options
@@ -140,17 +141,20 @@ class _Lesson:
 
     def learn(self) -> dict[str, Any]:
         """Learn what is not learnt yet; the method's entry of results.json."""
-        run, name = self.course.run, self.method.method
+        course, run, name = self.course, self.course.run, self.method.method
         done = len(self.states)
         self.base.to(PartialState().device)
         if done == self.stages:
             return self._entry()
-        self.course.tell(event="method", method=name, stages=self.stages, done=done)
+        course.tell(event="method", method=name, stages=self.stages, done=done)
+        self.method = calibrated(
+            self.method, self.base, course.tokenizer, course.tasks, course.settings, course.seed, course.tell
+        )
         if done:
             model, carried = run.load_adapters(name, self.base)
             self.method.resume(model, done - 1, carried)
         else:
-            set_seed(self.course.seed)
+            set_seed(course.seed)
             model = self.method.start(self.base)
         model.to(PartialState().device)
         try:

@@ -95,9 +95,15 @@ def build_method(one: str | ContinualMethod, options: dict[str, Any]) -> Continu
     method_values = {k: _as_declared(factory, k, v) for k, v in options.items() if k in own}
     adapter_values = {k: _as_declared(config_type, k, v) for k, v in options.items() if k in inner}
     if isinstance(one, ContinualMethod):
-        adapter = dataclasses.replace(one.adapter, **adapter_values) if adapter_values else one.adapter
-        return dataclasses.replace(one, adapter=adapter, **method_values)
+        return dataclasses.replace(one, adapter=_changed(one.adapter, adapter_values), **method_values)
     return factory(adapter=config_type(**adapter_values), **method_values)
+
+
+def _changed(config: PeftConfig, values: dict[str, Any]) -> PeftConfig:
+    if not values:
+        return config
+    # ours may carry statistics besides its options
+    return config.changed(**values) if isinstance(config, AdapterConfig) else dataclasses.replace(config, **values)
 
 
 def describe(method: ContinualMethod) -> dict[str, Any]:

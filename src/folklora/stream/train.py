@@ -43,9 +43,12 @@ class TrainSettings:
         warmup: Share of the steps over which the learning rate rises from 0.
         weight_decay: Of AdamW.
         max_grad_norm: Gradients are scaled down to this norm; 0 leaves them.
+        group_by_length: Draw batches of like length: less padding and so faster steps, but a less random order.
         gradient_checkpointing: Recompute activations in the backward pass to save memory.
         precision: Of the base model's weights: "float32", "bfloat16", or "auto": bfloat16 where a GPU has it.
         eval_batch_size: Prompts a batch when scoring.
+        calibration_examples: Training examples that an adapter's statistics are taken from before it is made, where
+            it needs any (CorDA, LoRA-SB).
     """
 
     learning_rate: float = 1e-3
@@ -57,14 +60,17 @@ class TrainSettings:
     warmup: float = 0.0
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
+    group_by_length: bool = False
     gradient_checkpointing: bool = False
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     eval_batch_size: int = 32
+    calibration_examples: int = 256
 
     def __post_init__(self) -> None:
+        positive = ("learning_rate", "epochs", "batch_size", "accumulation", "max_length", "eval_batch_size")
         problems = [
             f"{name} must be above 0, not {getattr(self, name)}"
-            for name in ("learning_rate", "epochs", "batch_size", "accumulation", "max_length", "eval_batch_size")
+            for name in (*positive, "calibration_examples")
             if not getattr(self, name) > 0
         ]
         if self.schedule not in ("constant", "linear", "cosine"):
@@ -180,6 +186,7 @@ def _arguments(settings: TrainSettings, seed: int, folder: str | Path, count: in
         "warmup_steps": round(settings.warmup * steps),
         "weight_decay": settings.weight_decay,
         "max_grad_norm": settings.max_grad_norm,
+        "train_sampling_strategy": "group_by_length" if settings.group_by_length else "random",
         "gradient_checkpointing": settings.gradient_checkpointing,
         "gradient_checkpointing_kwargs": {"use_reentrant": False} if settings.gradient_checkpointing else None,
         "seed": seed,

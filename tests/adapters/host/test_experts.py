@@ -12,11 +12,12 @@ import pytest
 import torch
 import transformers as hf
 from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import folklora
-from folklora import AMLoRA, KaSA, LoRA, PiSSA, check, methods, tiny
+from folklora import AMLoRA, CorDA, KaSA, LoRA, PiSSA, SVFit, check, methods, tiny
 from folklora.adapters.host.experts import ExpertsLayer, SumWeight
 from folklora.adapters.host.export import export_lora
 from folklora.adapters.host.layer import layers_of
@@ -134,7 +135,7 @@ def test_start_gradients_disabling_merging_saving(name: str, config: folklora.Ad
 FIXED = {m.name: m.factory for m in methods("adapters") if (m.name, "merge") not in check.EXCEPTIONS}
 
 
-@pytest.mark.parametrize("name", [name for name, one in FIXED.items() if "linear" in one.layer_kinds])
+@pytest.mark.parametrize("name", [n for n, one in FIXED.items() if "linear" in one.layer_kinds and not one.needs])
 def test_every_method_with_a_fixed_update_adapts_experts(name: str) -> None:
     options = {"r": 3} if "r" in {field.name for field in fields(FIXED[name])} else {}
     model = _adapted("mixtral", FIXED[name](**options))
@@ -335,9 +336,38 @@ def test_a_compiled_experts_module_computes_the_same() -> None:
     tiny.close(compiled(x, ids, weights), layer(x, ids, weights), 1e-5, "compiled and eager experts")
 
 
+def test_what_a_file_leaves_out_is_made_again_expert_by_expert(tmp_path: Path) -> None:
+    model = _trained("gpt-oss", SVFit(r=None, energy=0.5))
+    model.save_pretrained(tmp_path)
+    assert not any(key.endswith(".U") for key in load_file(tmp_path / "adapter_model.safetensors"))
+    for options in ({}, {"low_cpu_mem_usage": True}):
+        loaded = PeftModel.from_pretrained(_base("gpt-oss"), tmp_path, **options)
+        assert torch.equal(tiny.logits(loaded), tiny.logits(model))
+
+
+def test_a_correction_of_the_base_counts_once() -> None:
+    model = _trained("mixtral", KaSA(r=2))
+    model.add_adapter("other", KaSA(r=3, target_parameters=BOTH))
+    layer = next(layers_of(model))
+    expected = {}
+    for key in ("gate_up_proj", "down_proj"):
+        learned, larger = layer.folklora_updates["default"], layer.folklora_updates["other"]
+        A, B = learned.pair(key, corrects=False)
+        C, D = larger.pair(key)
+        expected[key] = getattr(layer.get_base_layer(), key) + B @ A + D @ C
+    model.base_model.set_adapter(["default", "other"])
+    layer.merge()
+    for key, value in expected.items():
+        tiny.close(getattr(layer.get_base_layer(), key), value, 1e-5, key)
+
+
 def test_what_cannot_be_is_refused_in_words() -> None:
     with pytest.raises(ValueError, match=r"am-lora reads each layer's input, which the experts '.*' do not show"):
         _adapted("mixtral", AMLoRA(dropout=0.0))
+    with pytest.raises(ValueError, match=r"corda needs statistics of each layer, which the experts '.*' do not show"):
+        _adapted("mixtral", CorDA())
+    with pytest.raises(ValueError, match=r"holds experts, which calibration does not see one by one; leave it out"):
+        folklora.calibrate(_base("mixtral"), [tiny.batch()], {"covariance"}, target_modules=["experts"])
     with pytest.raises(ValueError, match=r"take no adapter dropout, for their inputs are hidden inside: set dropout=0"):
         _adapted("mixtral", LoRA(dropout=0.1))
     with pytest.raises(

@@ -87,6 +87,7 @@ def test_ranks_and_alphas_that_differ_by_layer(tmp_path: Path) -> None:
         rank_pattern={"layers.0.self_attn.q_proj": 5, "v_proj": 1},
         alpha_pattern={"up_proj": 2},
         truncate=2,
+        truncate_limit=1.0,
     )
     _check_export(tiny.llama, config, tmp_path, tiny.logits)
     saved = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
@@ -104,7 +105,7 @@ def test_an_encoder_and_a_decoder_with_layers_of_one_name(tmp_path: Path, tiny_t
 
 def test_one_of_several_adapters(tmp_path: Path) -> None:
     model = tiny.trained(LoRA(r=4, target_modules=["q_proj"]))
-    model.add_adapter("other", KaSA(r=2, target_modules=["v_proj"]))
+    model.add_adapter("other", KaSA(r=2, truncate_limit=1.0, target_modules=["v_proj"]))
     tiny.moved(model, "other")
     model.set_adapter("default")
     assert export_lora(model, tmp_path / "lora", "other") == {f"model.layers.{i}.self_attn.v_proj": 4 for i in (0, 1)}

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from folklora.adapters.base import AdapterConfig
-from folklora.adapters.host.kinds import expert_parameters, experts_transposed
+from folklora.adapters.host.kinds import expert_matrices, expert_parameters, experts_transposed
 from folklora.adapters.host.layer import FolkloraLayer, evenly_spaced
 from folklora.adapters.host.stacks import StackUpdate, expanded, stacked
 from folklora.factored import Factors, factored_linear
@@ -144,24 +144,27 @@ class ExpertsLayer(FolkloraLayer):
     """An experts module and the updates of its matrices; each method sees one matrix [out, in] an expert."""
 
     def _new_update(self, config: AdapterConfig, waiting: bool) -> StackUpdate:
-        stacks = {}
-        for key in chosen_experts(self.get_base_layer(), self.name, config):
+        base, stacks = self.get_base_layer(), {}
+        for key in chosen_experts(base, self.name, config):
             own = config.for_module(f"{self.name}.{key}")
-            matrices = self._matrices(key)
+            matrices = expert_matrices(base, key)
             if waiting:
                 stacks[key] = expanded(own.empty(tuple(matrices.shape[1:])), len(matrices))
             else:
                 stacks[key] = stacked([own.update(matrix) for matrix in matrices])
         return StackUpdate(stacks, len(matrices))
 
-    def _weight(self) -> Tensor:
+    def stored_weight(self) -> Tensor:
+        """The first of the experts' parameters."""
         base = self.get_base_layer()
         return getattr(base, expert_parameters(base)[0])
 
-    def _matrices(self, key: str) -> Tensor:
-        base = self.get_base_layer()
-        weight = getattr(base, key).detach()
-        return weight.mT if experts_transposed(base) else weight
+    def derive(self, adapter_name: str, saved: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What an update's saved values leave out, made again from the experts' weights, by parameter name."""
+        update, made = self.folklora_updates[adapter_name], {}
+        for name in update.names if update.unsaved else ():
+            made |= update.derive_stack(name, expert_matrices(self.get_base_layer(), name), saved, self.name)
+        return made
 
     def sample_base(self) -> Tensor:
         """Evenly spaced elements of every stack, float32."""
@@ -190,8 +193,9 @@ class ExpertsLayer(FolkloraLayer):
 
     def _parts(self, key: str, names: list[str]) -> tuple[Tensor, Tensor]:
         """L and R of all updates of a stack, in the layout of its parameter."""
-        updates = [self.folklora_updates[name] for name in names if key in self.folklora_updates[name].names]
-        pairs = [update.pair(key) for update in updates]
+        names = [name for name in names if key in self.folklora_updates[name].names]
+        made = self._corrections_made(names)
+        pairs = [self.folklora_updates[name].pair(key, name not in made) for name in names]
         A, B = torch.cat([A for A, _ in pairs], dim=-2), torch.cat([B for _, B in pairs], dim=-1)
         return (A.mT, B.mT) if experts_transposed(self.get_base_layer()) else (B, A)
 
@@ -200,10 +204,11 @@ class ExpertsLayer(FolkloraLayer):
         L, R = self._parts(key, names)
         return SumWeight(weight, L.to(weight.dtype), R.to(weight.dtype))
 
+    @torch.no_grad()
     def _merged_weights(self, names: list[str]) -> dict[str, Tensor]:
         merged = {}
         for key in self._keys(names):
-            merged[key] = getattr(self.get_base_layer(), key).detach().clone()
+            merged[key] = self._unmerged.get(key, getattr(self.get_base_layer(), key)).detach().clone()
             L, R = self._parts(key, names)
             for expert, left, right in zip(merged[key], L, R, strict=True):
                 expert.copy_(expert.to(torch.promote_types(expert.dtype, torch.float32)) + left @ right)

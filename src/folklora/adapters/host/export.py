@@ -11,9 +11,10 @@ from peft.utils.save_and_load import get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from folklora.adapters.base import Update
 from folklora.adapters.host.experts import ExpertsLayer
 from folklora.adapters.host.kinds import TRANSPOSED, experts_transposed
-from folklora.adapters.host.layer import updates_of
+from folklora.adapters.host.layer import FolkloraLayer, updates_of
 from folklora.adapters.host.stacks import StackUpdate
 from folklora.stream.files import replace_folder
 
@@ -44,28 +45,22 @@ def export_lora(
     pairs = list(updates_of(model, adapter_name))
     if not pairs:
         raise ValueError(f"the model carries no Folklora adapter named '{adapter_name}'")
-    gated = next((update for _, update in pairs if update.gated), None)
-    if gated is not None:
-        raise ValueError(
-            f"adapter '{adapter_name}' has no plain LoRA form: its gates read each layer's input "
-            f"({type(gated).__name__}), and a LoRA is the same for every input"
-        )
+    biased = any(update.bias_change is not None for _, update in pairs)
+    _check_exportable(adapter_name, pairs, biased)
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
     with torch.no_grad():
         for layer, update in pairs:
             layer.admit_loaded([adapter_name])
-            if isinstance(layer, ExpertsLayer):
-                named, own = _named_experts(layer, update)
-            else:
-                A, B = update.factors().to_lora()
-                # PEFT divides a convolution's ranks among its groups; here every group has them all
-                rank = A.shape[0] * getattr(layer.get_base_layer(), "groups", 1)
-                named, own = _named(layer, A, B), {layer.name: rank}
+            named, own = _named(layer, update)
+            if biased:
+                rows = layer.kind.shape(layer.get_base_layer())[0]
+                change = torch.zeros(rows) if update.bias_change is None else update.bias_change
+                named[f"base_model.model.{layer.name}.lora_B.bias"] = change
             ranks.update(own)
-            tensors.update({key: value.detach().to("cpu", dtype).contiguous() for key, value in named.items()})
+            tensors |= {key: value.detach().to("cpu", dtype, copy=True).contiguous() for key, value in named.items()}
         tensors.update(_saved_modules(model, adapter_name))
-    config = _lora_config(model, adapter_name, ranks)
+    config = _lora_config(model, adapter_name, ranks, biased)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as temporary:
         folder = Path(temporary) / out.name
@@ -75,7 +70,28 @@ def export_lora(
     return ranks
 
 
-def _named(layer: nn.Module, A: Tensor, B: Tensor) -> dict[str, Tensor]:
+def _check_exportable(adapter_name: str, pairs: list[tuple[FolkloraLayer, Update]], biased: bool) -> None:
+    gated = next((update for _, update in pairs if update.gated), None)
+    if gated is not None:
+        raise ValueError(
+            f"adapter '{adapter_name}' has no plain LoRA form: its gates read each layer's input "
+            f"({type(gated).__name__}), and a LoRA is the same for every input"
+        )
+    other = next((layer for layer, _ in pairs if layer.kind.name in ("embedding", "experts")), None)
+    if biased and other is not None:
+        raise ValueError(
+            f"adapter '{adapter_name}' changes biases and adapts the {other.kind.name} '{other.name}', and PEFT's LoRA "
+            "cannot hold both: train with train_bias=False, or leave that layer out"
+        )
+
+
+def _named(layer: FolkloraLayer, update: Update) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """PEFT's tensors for a layer, and their rank by the layer's name."""
+    if isinstance(layer, ExpertsLayer):
+        return _named_experts(layer, update)
+    A, B = update.factors().to_lora()
+    # PEFT divides a convolution's ranks among its groups; here every group has them all
+    rank = A.shape[0] * getattr(layer.get_base_layer(), "groups", 1)
     base = layer.get_base_layer()
     prefix = f"base_model.model.{layer.name}"
     if layer.kind.name == "embedding":
@@ -85,7 +101,7 @@ def _named(layer: nn.Module, A: Tensor, B: Tensor) -> dict[str, Tensor]:
     if layer.kind.name == "convolution":
         A = _kernel(layer, A)
         B = B.view(*B.shape, *([1] * (base.weight.dim() - 2)))
-    return {f"{prefix}.{names[0]}": A, f"{prefix}.{names[1]}": B}
+    return {f"{prefix}.{names[0]}": A, f"{prefix}.{names[1]}": B}, {layer.name: rank}
 
 
 def _kernel(layer: nn.Module, A: Tensor) -> Tensor:
@@ -129,7 +145,7 @@ def _saved_modules(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
     }
 
 
-def _lora_config(model: nn.Module, adapter_name: str, ranks: dict[str, int]) -> LoraConfig:
+def _lora_config(model: nn.Module, adapter_name: str, ranks: dict[str, int], biased: bool) -> LoraConfig:
     source = model.peft_config[adapter_name]
     common = max(ranks.values(), key=list(ranks.values()).count)
     # anchored patterns: PEFT matches a key against the end of a name
@@ -146,6 +162,7 @@ def _lora_config(model: nn.Module, adapter_name: str, ranks: dict[str, int]) -> 
         task_type=source.task_type,
         base_model_name_or_path=source.base_model_name_or_path,
         inference_mode=True,
+        lora_bias=biased,
         fan_in_fan_out=_all_transposed(model, adapter_name),
     )
 

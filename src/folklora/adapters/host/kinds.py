@@ -12,7 +12,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers.pytorch_utils import Conv1D
 
-from folklora.factored import Factors, factored_linear, factored_update
+from folklora.factored import Factors, SharedInput, factored_linear, factored_update
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -37,15 +37,23 @@ class Kind:
         if base.weight is not weight:
             # PEFT puts a copy in the place of bitsandbytes' weights of 8 bits, which lacks their scales
             base.weight = weight
-        return matrix
+        return self.from_layout(matrix)
+
+    def from_layout(self, weight: Tensor) -> Tensor:
+        """A tensor in the layer's own layout (its weight, or the gradient of it) as a matrix [out, in]."""
+        return weight
 
     def layout(self, base: nn.Module, matrix: Tensor) -> Tensor:
         """A matrix [out, in] in the layer's own layout."""
         return matrix
 
-    def forward(self, base: nn.Module, x: Tensor, factors: Factors) -> Tensor:
-        """base(x) plus the update of x."""
-        return base(x) + self.update(base, x, factors)
+    def per_output(self, base: nn.Module, vector: Tensor) -> Tensor:
+        """A vector [out], such as a bias, in the shape that broadcasts with the layer's output."""
+        return vector
+
+    def forward(self, base: nn.Module, x: Tensor, factors: Factors, dropout: float = 0.0) -> Tensor:
+        """base(x) plus the update of x, or of x after dropout."""
+        return base(x) + self.update(base, F.dropout(x, dropout) if dropout else x, factors)
 
     def update(self, base: nn.Module, x: Tensor, factors: Factors) -> Tensor:
         """The update of x alone."""
@@ -53,10 +61,17 @@ class Kind:
 
 
 class _Linear(Kind):
-    def forward(self, base: nn.Module, x: Tensor, factors: Factors) -> Tensor:
-        if _is_plain(base):
-            return factored_linear(x, base.weight, base.bias, factors)
-        return super().forward(base, x, factors)
+    def forward(
+        self,
+        base: nn.Module,
+        x: Tensor,
+        factors: Factors,
+        dropout: float = 0.0,
+        shared: SharedInput | None = None,
+    ) -> Tensor:
+        if is_plain(base):
+            return factored_linear(x, base.weight, base.bias, factors, dropout, shared)
+        return super().forward(base, x, factors, dropout)
 
 
 def _unpack(base: nn.Module) -> None:
@@ -66,19 +81,12 @@ def _unpack(base: nn.Module) -> None:
         base.state_dict()
 
 
-def _is_plain(base: nn.Module) -> bool:
-    # a subclass or tensor of another kind (quantised), a hook or a forward put in its place (offloading) would be
-    # bypassed by the fused kernel
-    ordinary = type(base) is nn.Linear and not is_traceable_wrapper_subclass(base.weight)
-    return ordinary and "forward" not in vars(base) and not any(getattr(base, key) for key in _HOOKS)
-
-
 class _TransposedLinear(Kind):
     def shape(self, base: nn.Module) -> tuple[int, int]:
         return base.weight.shape[1], base.weight.shape[0]
 
-    def matrix(self, base: nn.Module) -> Tensor:
-        return base.weight.detach().T
+    def from_layout(self, weight: Tensor) -> Tensor:
+        return weight.T
 
     def layout(self, base: nn.Module, matrix: Tensor) -> Tensor:
         return matrix.T.contiguous()
@@ -88,8 +96,8 @@ class _Embedding(Kind):
     def shape(self, base: nn.Module) -> tuple[int, int]:
         return base.embedding_dim, base.num_embeddings
 
-    def matrix(self, base: nn.Module) -> Tensor:
-        return base.weight.detach().T
+    def from_layout(self, weight: Tensor) -> Tensor:
+        return weight.T
 
     def layout(self, base: nn.Module, matrix: Tensor) -> Tensor:
         return matrix.T.contiguous()
@@ -106,11 +114,14 @@ class _Convolution(Kind):
     def shape(self, base: nn.Module) -> tuple[int, int]:
         return base.weight.shape[0], base.weight[0].numel()
 
-    def matrix(self, base: nn.Module) -> Tensor:
-        return base.weight.detach().flatten(1)
+    def from_layout(self, weight: Tensor) -> Tensor:
+        return weight.flatten(1)
 
     def layout(self, base: nn.Module, matrix: Tensor) -> Tensor:
         return matrix.view_as(base.weight)
+
+    def per_output(self, base: nn.Module, vector: Tensor) -> Tensor:
+        return vector.view(-1, *([1] * (base.weight.dim() - 2)))
 
     def update(self, base: nn.Module, x: Tensor, factors: Factors) -> Tensor:
         convolve = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}[base.weight.dim()]
@@ -143,6 +154,16 @@ CONVOLUTION = _Convolution("convolution")
 EXPERTS = _Experts("experts", has_matrix=False)
 
 
+def is_plain(base: nn.Module) -> bool:
+    """Whether a layer is nothing but x Wᵀ + b, so that the kernel may compute it in the layer's place.
+
+    A subclass or a tensor of another kind (quantised), a hook or a forward put in its place (offloading) would be
+    bypassed.
+    """
+    ordinary = type(base) is nn.Linear and not is_traceable_wrapper_subclass(base.weight)
+    return ordinary and "forward" not in vars(base) and not any(getattr(base, key) for key in _HOOKS)
+
+
 def kind_of(base: nn.Module, name: str) -> Kind:
     """The kind of a layer.
 
@@ -169,7 +190,7 @@ def kind_of(base: nn.Module, name: str) -> Kind:
             raise TypeError(f"layer '{name}' ({type(base).__name__}) keeps no weight that Folklora could read")
         return LINEAR
     experts = expert_parameters(base)
-    if any(is_quantised(getattr(base, key)) for key in experts):
+    if any(is_quantised_weight(getattr(base, key)) for key in experts):
         raise TypeError(f"the experts '{name}' are quantised; Folklora adapts experts in floating point only")
     if experts:
         return EXPERTS
@@ -191,13 +212,18 @@ def experts_transposed(base: nn.Module) -> bool:
     return getattr(base, "is_transposed", True)
 
 
-def expert_shape(base: nn.Module, key: str) -> tuple[int, int]:
-    """(out, in) of each matrix of one parameter of an experts module."""
-    rows, columns = getattr(base, key).shape[1:]
-    return (columns, rows) if experts_transposed(base) else (rows, columns)
+def expert_matrices(base: nn.Module, key: str) -> Tensor:
+    """One parameter of an experts module as matrices [experts, out, in]."""
+    weight = getattr(base, key).detach()
+    return weight.mT if experts_transposed(base) else weight
 
 
-def is_quantised(weight: Tensor | None) -> bool:
+def is_quantised(base: nn.Module) -> bool:
+    """Whether the layer stores its weight in fewer bits than floating point."""
+    return is_quantised_weight(getattr(base, "weight", None))
+
+
+def is_quantised_weight(weight: Tensor | None) -> bool:
     """Whether a weight is stored in fewer bits than floating point."""
     if weight is None or not torch.is_floating_point(weight) or weight.element_size() < 2:
         return True

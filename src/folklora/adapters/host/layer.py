@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import weakref
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -15,8 +16,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from folklora.adapters.base import AdapterConfig, Update
-from folklora.adapters.host.kinds import is_quantised, kind_of
+from folklora.adapters.base import AdapterConfig, Update, zeros
+from folklora.adapters.host.kinds import is_quantised_weight, kind_of
+from folklora.adapters.host.siblings import Offer, offered, share
 from folklora.factored import Factors, concatenate
 
 SAMPLES = 32
@@ -73,7 +75,13 @@ class FolkloraLayer(nn.Module, BaseTunerLayer):
         self.waiting: set[str] = set()
         self.merged_adapters: list[str] = []
         self._unmerged: dict[str, nn.Parameter] = {}
+        self.siblings: list[FolkloraLayer] = []
+        self.offer: Offer | None = None
         LIVE_LAYERS[next(_serial)] = self
+
+    def __getstate__(self) -> dict[str, Any]:
+        # what a sibling offered hangs on its pass's graph
+        return {**self.__dict__, "offer": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -84,7 +92,7 @@ class FolkloraLayer(nn.Module, BaseTunerLayer):
 
         Args:
             adapter_name: The adapter that it belongs to.
-            config: The method's options for this layer.
+            config: The method's options for this layer, with the statistics that it needs.
             waiting: Make it without values: saved ones will be loaded.
             trainable: Whether its parameters ask for gradients.
         """
@@ -92,6 +100,8 @@ class FolkloraLayer(nn.Module, BaseTunerLayer):
         if waiting:
             self.waiting.add(adapter_name)
         sample = self.sample_base()
+        bias = getattr(self.get_base_layer(), "bias", None) if config.train_bias else None
+        update.register_parameter("bias_change", None if bias is None else zeros(*bias.shape, like=bias))
         update.base_sample = nn.Parameter(sample.fill_(math.nan) if waiting else sample, requires_grad=False)
         for parameter in update.parameters():
             # FSDP2 shards only what lies in one piece, and a transposed factor does not
@@ -106,10 +116,25 @@ class FolkloraLayer(nn.Module, BaseTunerLayer):
 
     def _new_update(self, config: AdapterConfig, waiting: bool) -> Update:
         base = self.get_base_layer()
-        return config.empty(self.kind.shape(base)) if waiting else config.update(self.kind.matrix(base))
+        if waiting:
+            return config.empty(self.kind.shape(base))
+        matrix = self.kind.matrix(base)
+        if not config.needs:
+            return config.update(matrix)
+        stats = {kind: value.to(matrix.device) for kind, value in config.statistics[self.name].items()}
+        return config.update(matrix, stats)
 
-    def _weight(self) -> Tensor:
+    def stored_weight(self) -> Tensor:
+        """The base's weight as it is stored, or one of several."""
         return self.get_base_layer().weight
+
+    def derive(self, adapter_name: str, saved: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What an update's saved values leave out, made again from the base weight, by parameter name."""
+        update = self.folklora_updates[adapter_name]
+        if not update.unsaved:
+            return {}
+        made = update.derive(self.kind.matrix(self.get_base_layer()), saved, self.name)
+        return {key: value.contiguous() for key, value in made.items()}
 
     def sample_base(self) -> Tensor:
         """Evenly spaced elements of the base weight, float32: enough to tell one base from another."""
@@ -117,10 +142,10 @@ class FolkloraLayer(nn.Module, BaseTunerLayer):
 
     def fits_base(self, sample: Tensor) -> bool:
         """Whether a saved sample is of this base, up to one rounding (on a quantised layer: points the same way)."""
-        if self._weight().device.type == "meta":
+        if self.stored_weight().device.type == "meta":
             return True
         own, sample = self.sample_base().cpu(), sample.detach().float().cpu()
-        if is_quantised(self._weight()):
+        if is_quantised_weight(self.stored_weight()):
             return bool(F.cosine_similarity(own, sample, dim=0) > _QUANTISED_COSINE)
         return torch.allclose(own, sample, rtol=_SAME, atol=_SMALLEST)
 
@@ -132,27 +157,65 @@ class FolkloraLayer(nn.Module, BaseTunerLayer):
         dropped = [name for name in names if self.training and self.dropouts[name] > 0]
         if dropped:
             return self._forward_with_dropout(x, names)
-        return self.kind.forward(self.base_layer, x, concatenate([self._factors(name, x) for name in names]))
+        found = offered(self, x)
+        if found is None:
+            factors = self._sum(names, x)
+            shared = share(self, x, factors) if self.siblings else None
+        else:
+            factors, shared = found
+        if shared is None:
+            y = self.kind.forward(self.base_layer, x, factors)
+        else:
+            y = self.kind.forward(self.base_layer, x, factors, shared=shared)
+        return self._with_biases(y, x, names)
+
+    def current_factors(self, x: Tensor) -> Factors | None:
+        """All that the active adapters add for x, or None where the layer's call would not be the base's plus that."""
+        names = self._names_in_use()
+        if not names or self._disable_adapters or self.merged_adapters:
+            return None
+        if self.waiting:
+            self.admit_loaded(names)
+        if self.training and any(self.dropouts[name] > 0 for name in names):
+            return None
+        return self._sum(names, x)
+
+    def _sum(self, names: list[str], x: Tensor) -> Factors:
+        made = self._corrections_made(names)
+        return concatenate([self._factors(name, x, corrects=name not in made) for name in names])
 
     def _forward_with_dropout(self, x: Tensor, names: list[str]) -> Tensor:
-        # one draw for the layer, so that adapters with equal dropout lose the same elements
-        source = x if x.is_floating_point() else self.base_layer.weight[:1]
-        draw = torch.rand_like(x, dtype=torch.float32) if x.is_floating_point() else None
-        whole, parts = [], []
+        whole: list[Factors] = []
+        # one mask of x for all adapters of equal dropout
+        by_dropout: dict[float, list[Factors]] = defaultdict(list)
+        made = self._corrections_made(names)
         for name in names:
             p = self.dropouts[name]
-            if p == 0 or draw is None:
-                whole.append(self._factors(name, x))
+            if p == 0 or not x.is_floating_point():
+                whole.append(self._factors(name, x, corrects=name not in made))
                 continue
             learned, fixed = self.folklora_updates[name].split(*self._inputs(name, x))
             gate = self._row_gate(name, x)
-            parts.append((p, learned if gate is None else learned.scale(gate)))
-            if fixed is not None:
+            by_dropout[p].append(learned if gate is None else learned.scale(gate))
+            if fixed is not None and name not in made:
                 whole.append(fixed if gate is None else fixed.scale(gate))
-        y = self.kind.forward(self.base_layer, x, concatenate(whole)) if whole else self.base_layer(x)
-        for p in sorted({p for p, _ in parts}):
-            kept = x * ((draw >= p).to(source.dtype) / (1 - p))
-            y = y + self.kind.update(self.base_layer, kept, concatenate([f for q, f in parts if q == p]))
+        parts = [(p, concatenate(factors)) for p, factors in sorted(by_dropout.items())]
+        if whole or not parts:
+            y = self.kind.forward(self.base_layer, x, concatenate(whole))
+        else:
+            (p, factors), parts = parts[0], parts[1:]
+            y = self.kind.forward(self.base_layer, x, factors, p)
+        for p, factors in parts:
+            y = y + self.kind.update(self.base_layer, F.dropout(x, p), factors)
+        return self._with_biases(y, x, names)
+
+    def _with_biases(self, y: Tensor, x: Tensor, names: list[str]) -> Tensor:
+        for name in names:
+            change = self.folklora_updates[name].bias_change
+            if change is not None:
+                change = self.kind.per_output(self.get_base_layer(), change.to(y.dtype))
+                gate = self._row_gate(name, x)
+                y = y + (change if gate is None else gate.to(y.dtype) * change)
         return y
 
     def _names_to_apply(self) -> list[str]:
@@ -177,8 +240,18 @@ class FolkloraLayer(nn.Module, BaseTunerLayer):
         update.before = self.context.before
         return x, self.context.mask_for(x)
 
-    def _factors(self, name: str, x: Tensor) -> Factors:
-        factors = self.folklora_updates[name].factors(*self._inputs(name, x))
+    def _corrections_made(self, names: list[str]) -> set[str]:
+        """Adapters whose correction of the base another one's contains; taken out twice, it would change its sign."""
+        correcting = [name for name in names if self.folklora_updates[name].corrects_base]
+        # rows that have their own adapters have one each
+        if len(correcting) < 2 or self.context.rows is not None:
+            return set()
+        fixed = {name: self.folklora_updates[name].split()[1] for name in correcting}
+        largest = max(correcting, key=lambda name: 0 if fixed[name] is None else fixed[name].rank)
+        return set(correcting) - {largest}
+
+    def _factors(self, name: str, x: Tensor, corrects: bool = True) -> Factors:
+        factors = _factors_of(self.folklora_updates[name], corrects, *self._inputs(name, x))
         gate = self._row_gate(name, x)
         return factors if gate is None else factors.scale(gate)
 
@@ -210,8 +283,8 @@ class FolkloraLayer(nn.Module, BaseTunerLayer):
         base = self.get_base_layer()
         self.admit_loaded(names)
         self._check_mergeable(names)
-        with torch.no_grad():
-            merged = self._merged_weights(names)
+        # together with those merged before, since corrections of the base do not add up
+        merged = self._merged_weights([*self.merged_adapters, *names])
         if safe_merge and not all(torch.isfinite(value).all() for value in merged.values()):
             raise ValueError(f"merging {', '.join(names)} into layer '{self.name}' gives values that are not finite")
         for key, value in merged.items():
@@ -219,13 +292,26 @@ class FolkloraLayer(nn.Module, BaseTunerLayer):
             setattr(base, key, nn.Parameter(value.contiguous(), requires_grad=False))
         self.merged_adapters.extend(names)
 
+    @torch.no_grad()
     def _merged_weights(self, names: list[str]) -> dict[str, Tensor]:
-        """The base's weights with the updates added, by parameter."""
-        base = self.get_base_layer()
-        matrix = self.kind.matrix(base)
-        precise = torch.promote_types(matrix.dtype, torch.float32)
-        total = concatenate([self.folklora_updates[name].factors() for name in names]).dense()
-        return {"weight": self.kind.layout(base, (matrix.to(precise) + total.to(precise)).to(matrix.dtype))}
+        """The base's own parameters with the updates added, by name."""
+        base, made = self.get_base_layer(), self._corrections_made(names)
+        present = base.weight
+        base.weight = self._unmerged.get("weight", present)
+        try:
+            matrix = self.kind.matrix(base)
+            precise = torch.promote_types(matrix.dtype, torch.float32)
+            parts = [_factors_of(self.folklora_updates[name], name not in made) for name in names]
+            total = concatenate(parts).dense()
+            merged = {"weight": self.kind.layout(base, (matrix.to(precise) + total.to(precise)).to(matrix.dtype))}
+        finally:
+            base.weight = present
+        changes = [self.folklora_updates[name].bias_change for name in names]
+        changes = [change for change in changes if change is not None]
+        if changes:
+            own = self._unmerged.get("bias", base.bias)
+            merged["bias"] = (own.float() + sum(changes)).to(own.dtype)
+        return merged
 
     def unmerge(self) -> None:
         """Put the base's own weights back, bit for bit."""
@@ -246,7 +332,7 @@ class FolkloraLayer(nn.Module, BaseTunerLayer):
                 f"layer '{self.name}' computes its weight from other parameters (a parametrization), which merging "
                 "would have to change; remove the parametrization to merge"
             )
-        if is_quantised(self._weight()):
+        if is_quantised_weight(self.stored_weight()):
             raise ValueError(
                 f"layer '{self.name}' is quantised; merging would need its weight in floating point: load the base "
                 "model unquantised to merge"
@@ -272,7 +358,7 @@ class FolkloraLayer(nn.Module, BaseTunerLayer):
         # PEFT's own would also cast the float32 masters to the base's dtype
         update = self.folklora_updates[adapter_name]
         if not any(parameter.is_meta for parameter in update.parameters()):
-            update.to(self._weight().device if device is None else device)
+            update.to(self.stored_weight().device if device is None else device)
 
     def _freeze_non_trainable_peft_weights(self, adapter_names: str | list[str] | None = None) -> None:
         wanted = [adapter_names] if isinstance(adapter_names, str) else adapter_names
@@ -299,6 +385,10 @@ class FolkloraLayer(nn.Module, BaseTunerLayer):
                     "never loaded or were made for another base model's weights; load them with "
                     "PeftModel.from_pretrained, or start anew from dataclasses.replace(config)"
                 )
+            update = self.folklora_updates[name]
+            for key, value in self.derive(name, dict(update.named_parameters())).items():
+                owner, _, leaf = key.rpartition(".")
+                setattr(update.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
             self.waiting.discard(name)
 
     def extra_repr(self) -> str:
@@ -311,6 +401,10 @@ def evenly_spaced(weight: Tensor) -> Tensor:
     flat = weight.reshape(-1)
     step = max(1, flat.numel() // SAMPLES)
     return flat[::step][:SAMPLES].float().clone()
+
+
+def _factors_of(update: Update, corrects: bool, *inputs: Tensor | None) -> Factors:
+    return update.factors(*inputs) if corrects else update.split(*inputs)[0]
 
 
 def layers_of(model: nn.Module) -> Iterator[FolkloraLayer]:

@@ -10,8 +10,8 @@ from folklora.adapters.host.layer import FolkloraLayer
 _PREFIX = "base_model.model."
 
 
-def check_saved_values(model: nn.Module, adapter_name: str, values: dict[str, Tensor]) -> None:
-    """Refuse saved values that are incomplete, of other shapes, or made for another base model.
+def check_saved_values(model: nn.Module, adapter_name: str, values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Refuse saved values that are incomplete, of other shapes, or made for another base model; complete the others.
 
     Every layer's values carry a sample of the base weight that they were made for. It must equal the sample of this
     model's weight, up to one rounding to bfloat16 or float16 (or, on a quantised layer, point the same way).
@@ -21,10 +21,14 @@ def check_saved_values(model: nn.Module, adapter_name: str, values: dict[str, Te
         adapter_name: The adapter that is being loaded.
         values: Name in the model's state → saved tensor.
 
+    Returns:
+        The values with those that the updates leave out of a file and derive again.
+
     Raises:
         ValueError: With every problem found, by layer.
     """
     problems: list[str] = []
+    given = values
     values = {key.removeprefix(_PREFIX): value for key, value in values.items()}
     carriers = {
         path.removeprefix(_PREFIX): layer
@@ -38,13 +42,28 @@ def check_saved_values(model: nn.Module, adapter_name: str, values: dict[str, Te
     if problems:
         shown = problems[:8] + ([f"... and {len(problems) - 8} more"] if len(problems) > 8 else [])
         raise ValueError("\n".join([f"the saved adapter does not fit this model ({adapter_name}):", *shown]))
-    for layer in carriers.values():
+    root = _PREFIX if any(key.startswith(_PREFIX) for key in given) else ""
+    derived: dict[str, Tensor] = {}
+    for path, layer in carriers.items():
+        # what is not saved must be made from the base weight, which may still be absent
+        if layer.folklora_updates[adapter_name].unsaved and layer.stored_weight().is_meta:
+            continue
+        derived |= _derived(layer, adapter_name, f"{path}.folklora_updates.{adapter_name}.", values)
         layer.waiting.discard(adapter_name)
+    return {**given, **{root + key: value for key, value in derived.items()}}
+
+
+def _derived(layer: FolkloraLayer, adapter_name: str, prefix: str, values: dict[str, Tensor]) -> dict[str, Tensor]:
+    own = {key.removeprefix(prefix): value for key, value in values.items() if key.startswith(prefix)}
+    return {prefix + key: value for key, value in layer.derive(adapter_name, own).items()}
 
 
 def _layer_problems(layer: FolkloraLayer, adapter_name: str, prefix: str, values: dict[str, Tensor]) -> list[str]:
     problems = []
-    for key, parameter in layer.folklora_updates[adapter_name].named_parameters():
+    update = layer.folklora_updates[adapter_name]
+    for key, parameter in update.named_parameters():
+        if key in update.unsaved:
+            continue
         saved = values.get(prefix + key)
         if saved is None:
             problems.append(f"  layer '{layer.name}': no value for {key}")

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from folklora.adapters.base import Update
+from folklora.factored import Factors
 
 
 def call_with(update: Update, method: str, parameters: dict[str, Tensor]) -> Any:
@@ -60,11 +61,38 @@ class StackUpdate(Update):
             self.add_module(name, stack)
         self.starts_at_base = all(stack.starts_at_base for stack in stacks.values())
         self.weights = count * len(stacks)
+        self.corrects_base = any(stack.corrects_base for stack in stacks.values())
+        self.unsaved = frozenset(f"{name}.{key}" for name, stack in stacks.items() for key in stack.unsaved)
 
-    def pair(self, name: str) -> tuple[Tensor, Tensor]:
-        """The factors A [matrices, r, in] and B [matrices, out, r] of a stack, s folded into B."""
+    def pair(self, name: str, corrects: bool = True) -> tuple[Tensor, Tensor]:
+        """The factors A [matrices, r, in] and B [matrices, out, r] of a stack, s folded into B.
+
+        Args:
+            name: The stack.
+            corrects: Whether to take what corrects the base as well.
+        """
         stack = self.get_submodule(name)
-        return torch.func.vmap(lambda one: call_with(stack, "factors", one).to_lora())(dict(stack.named_parameters()))
+
+        def one(parameters: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+            factors = call_with(stack, "factors", parameters) if corrects else call_with(stack, "split", parameters)[0]
+            return factors.to_lora()
+
+        return torch.func.vmap(one)(dict(stack.named_parameters()))
+
+    def split(self, x: Tensor | None = None, mask: Tensor | None = None) -> tuple[Factors, Factors | None]:
+        """That of the first matrix."""
+        stack = self.get_submodule(self.names[0])
+        return call_with(stack, "split", self._of(stack, 0))
+
+    def derive_stack(self, name: str, matrices: Tensor, saved: dict[str, Tensor], layer: str) -> dict[str, Tensor]:
+        """What a stack's saved values leave out, by the names of this module's parameters; see `Update.derive`."""
+        stack, prefix = self.get_submodule(name), f"{name}."
+        own = {key.removeprefix(prefix): value for key, value in saved.items() if key.startswith(prefix)}
+        each = [
+            stack.derive(matrix, {key: value[index] for key, value in own.items()}, f"{layer}.{name}")
+            for index, matrix in enumerate(matrices)
+        ]
+        return {prefix + key: torch.stack([made[key] for made in each]) for key in each[0]}
 
     def penalty(self) -> Tensor | None:
         """The sum over all matrices; None where the method has none."""

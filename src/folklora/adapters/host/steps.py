@@ -104,7 +104,7 @@ def _group_penalty(updates: list[Update], trained: list[dict[str, nn.Parameter]]
     if len(updates) == 1 or first is None:
         return first, pairs
     full = [{**dict(u.named_parameters()), **whole} for u, whole in zip(updates, wholes, strict=True)]
-    keys = [key for key, p in full[0].items() if p.requires_grad]
+    keys = [key for key, p in full[0].items() if p.requires_grad or key in updates[0].penalty_reads]
     stacked = {key: torch.stack([parameters[key] for parameters in full]) for key in keys}
     return torch.func.vmap(lambda one: call_with(updates[0], "penalty", one))(stacked).sum(), pairs
 

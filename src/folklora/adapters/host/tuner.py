@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -19,12 +20,14 @@ from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import AuxiliaryTrainingWrapper, _get_submodules
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from folklora.adapters.base import PEFT_TYPE, AdapterConfig
 from folklora.adapters.host.experts import ExpertsLayer, chosen_experts, is_named
-from folklora.adapters.host.kinds import EXPERTS, LINEAR, TRANSPOSED, expert_parameters, expert_shape, kind_of
+from folklora.adapters.host.kinds import EXPERTS, LINEAR, TRANSPOSED, expert_matrices, expert_parameters, kind_of
 from folklora.adapters.host.layer import CallContext, FolkloraLayer, layers_of
 from folklora.adapters.host.saved import check_saved_values
+from folklora.adapters.host.siblings import link_siblings
 
 _MASKS = ("decoder_attention_mask", "attention_mask", "encoder_attention_mask")
 
@@ -43,10 +46,18 @@ class FolkloraModel(BaseTuner):
         """Add the adapter's layers, after checking every target, so that nothing is changed where one is wrong.
 
         Raises:
-            ValueError: No layer matches, a target cannot be adapted or options do not fit it; every problem is named.
+            ValueError: No layer matches, a target cannot be adapted, or options or statistics do not fit it; every
+                problem is named.
         """
-        self._check_targets(model, self.peft_config[adapter_name])
+        config = self.peft_config[adapter_name]
+        targets = self.targets(model, config)
+        if config.needs and not _awaits_values(config):
+            _check_statistics(config, targets)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        link_siblings(model)
+        if config.statistics is not None:
+            # they may be as large as the model, and the model would keep them alive
+            self.peft_config[adapter_name] = config.calibrated(None)
 
     def _create_and_replace(
         self,
@@ -59,8 +70,9 @@ class FolkloraModel(BaseTuner):
         **optional: Any,
     ) -> None:
         own = config.for_module(current_key)
-        waiting = config.restoring or torch.empty(0).device.type == "meta" or _on_meta()
+        waiting = _awaits_values(config)
         trainable = adapter_name in self.active_adapters and not config.inference_mode
+        own = _with_chosen_rank(config, own, target, current_key, waiting)
         if isinstance(target, FolkloraLayer):
             target.add(adapter_name, own, waiting=waiting, trainable=trainable)
             return
@@ -76,16 +88,21 @@ class FolkloraModel(BaseTuner):
             return existing.context
         if getattr(self, "_own_context", None) is None:
             self._own_context = CallContext()
-            for part in _called_with_masks(self.model):
-                part.register_forward_pre_hook(_MaskReader(self._own_context), with_kwargs=True)
+            read_masks(self.model, self._own_context)
         return self._own_context
 
-    def _check_targets(self, model: nn.Module, config: AdapterConfig) -> None:
+    @classmethod
+    def targets(cls, model: nn.Module, config: AdapterConfig) -> dict[str, nn.Module]:
+        """The layers that a configuration names, base layers by their names; its `target_modules` becomes explicit.
+
+        Raises:
+            ValueError: No layer matches, a target cannot be adapted or options do not fit it; every problem is named.
+        """
         problems = _without_match(config, model)
-        config = self._prepare_adapter_config(config, self.get_model_config(model))
+        config = cls._prepare_adapter_config(config, cls.get_model_config(model))
         if isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
             config.target_modules = _all_linear(config, model)
-        matched = 0
+        found: dict[str, nn.Module] = {}
         inside = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, FolkloraLayer))
         experts = dict(_named_experts(config, model))
         for name, module in model.named_modules():
@@ -93,16 +110,16 @@ class FolkloraModel(BaseTuner):
                 continue
             if name not in experts and not check_target_module_exists(config, name):
                 continue
-            matched += 1
-            problems += self._problems(config, name, module)
-        if not matched and not config.target_parameters:
+            found[name] = _bare(module)
+            problems += cls._problems(config, name, found[name])
+        if not found and not config.target_parameters:
             raise ValueError(_nothing_matched(config, model))
         if problems:
             raise ValueError("\n".join(problems))
+        return found
 
     @staticmethod
-    def _problems(config: AdapterConfig, name: str, module: nn.Module) -> list[str]:
-        base = _bare(module)
+    def _problems(config: AdapterConfig, name: str, base: nn.Module) -> list[str]:
         try:
             kind = kind_of(base, name)
         except TypeError as error:
@@ -130,11 +147,12 @@ class FolkloraModel(BaseTuner):
             for key in chosen_experts(_bare(module), name, peft_config)
         ]
 
-    def _prepare_adapter_config(self, config: AdapterConfig, model_config: dict) -> AdapterConfig:
+    @classmethod
+    def _prepare_adapter_config(cls, config: AdapterConfig, model_config: dict) -> AdapterConfig:
         if config.target_modules is None and config.target_parameters:
             config.target_modules = []
         if config.target_modules is None:
-            known = self.target_module_mapping.get(model_config.get("model_type"))
+            known = cls.target_module_mapping.get(model_config.get("model_type"))
             if known is None:
                 raise ValueError(
                     f"no default target_modules are known for models of type '{model_config.get('model_type')}'; "
@@ -224,12 +242,18 @@ class FolkloraModel(BaseTuner):
         kept = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         # PEFT leaves out what is named like another adapter: an adapter "B" would cost all others their B
         marker = f".folklora_updates.{adapter_name}."
+        derived = {
+            f"{path}{marker}{key}"
+            for path, layer in model.named_modules()
+            if isinstance(layer, FolkloraLayer) and adapter_name in layer.folklora_updates
+            for key in layer.folklora_updates[adapter_name].unsaved
+        }
         lost = {
             key: value.detach()
             for key, value in model.named_parameters()
             if set(key.partition(marker)[2].split(".")).intersection(unwanted_adapter_names)
         }
-        return {**lost, **kept}
+        return {key: value for key, value in {**lost, **kept}.items() if key not in derived}
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
@@ -245,8 +269,29 @@ class FolkloraModel(BaseTuner):
         cls, model: nn.Module, config: AdapterConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         renamed = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        check_saved_values(model, adapter_name, renamed)
-        return renamed
+        return check_saved_values(model, adapter_name, renamed)
+
+
+def _with_chosen_rank(
+    config: AdapterConfig, own: AdapterConfig, target: nn.Module, name: str, waiting: bool
+) -> AdapterConfig:
+    """The options for one layer with the rank that the method reads from its weight, which `config` notes down."""
+    if waiting or type(own).chosen_rank is AdapterConfig.chosen_rank:
+        return own
+    base = _bare(target)
+    if kind_of(base, name) is EXPERTS:
+        found = {f"{name}.{key}": expert_matrices(base, key) for key in chosen_experts(base, name, config)}
+    else:
+        found = {name: [kind_of(base, name).matrix(base)]}
+    ranks = {key: [own.chosen_rank(matrix) for matrix in matrices] for key, matrices in found.items()}
+    if any(None in values for values in ranks.values()):
+        return own
+    # anchored: PEFT matches a key against the end of a name
+    config.rank_pattern = {
+        **{f"^{re.escape(key)}": max(values) for key, values in ranks.items()},
+        **config.rank_pattern,
+    }
+    return replace(own, rank_pattern=config.rank_pattern).for_module(name)
 
 
 def _name_rows(module: nn.Module, args: tuple, kwargs: dict, rows: list[str]) -> tuple[tuple, dict]:
@@ -266,11 +311,41 @@ class _MaskReader:
         self.context.before = 0 if cache is None else int(cache.get_seq_length())
 
 
+def read_masks(model: nn.Module, context: CallContext) -> list[RemovableHandle]:
+    """Let a context know the attention masks of every call of a model, from now on."""
+    reader = _MaskReader(context)
+    return [part.register_forward_pre_hook(reader, with_kwargs=True) for part in _called_with_masks(model)]
+
+
 def _called_with_masks(model: nn.Module) -> list[nn.Module]:
     # generation calls the encoder by itself; and each half reads masks of its own
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         return [model.get_encoder(), model.get_decoder()]
     return [model]
+
+
+def _awaits_values(config: AdapterConfig) -> bool:
+    """Whether an adapter is made without values: saved ones follow, or there is no memory for any."""
+    return config.restoring or torch.empty(0).device.type == "meta" or _on_meta()
+
+
+def _check_statistics(config: AdapterConfig, targets: dict[str, nn.Module]) -> None:
+    if config.statistics is None:
+        wanted = ", ".join(f'"{kind}"' for kind in sorted(config.needs))
+        raise ValueError(
+            f"{config.method} must know the {' and '.join(sorted(config.needs))} of each layer beforehand: pass "
+            f"config.calibrated(folklora.calibrate(model, batches, {{{wanted}}}, target_modules=config))"
+        )
+    lost = [name for name in targets if name not in config.statistics]
+    problems = [f"the statistics have no layer '{name}'" for name in lost]
+    if lost:
+        problems.append(f"layers that they have: {', '.join(config.statistics)}")
+    for name, base in targets.items():
+        if name not in lost:
+            shape = kind_of(base, name).shape(base)
+            problems += config.for_module(name).check_statistics(config.statistics[name], shape, name)
+    if problems:
+        raise ValueError("\n".join(problems))
 
 
 def _on_meta() -> bool:
@@ -316,13 +391,19 @@ def _named_experts(config: AdapterConfig, model: nn.Module) -> Iterator[tuple[st
 def _expert_problems(config: AdapterConfig, name: str, base: nn.Module) -> list[str]:
     if "linear" not in config.layer_kinds:
         return [f"{config.method} adapts no linear layers, and '{name}' is a {type(base).__name__} made of them"]
+    if config.needs:
+        return [
+            f"{config.method} needs statistics of each layer, which the experts '{name}' do not show; leave them out"
+        ]
     if config.dropout:
         return [f"the experts '{name}' take no adapter dropout, for their inputs are hidden inside: set dropout=0"]
     problems = []
     for key in chosen_experts(base, name, config):
-        own, shape = config.for_module(f"{name}.{key}"), expert_shape(base, key)
+        own, shape = config.for_module(f"{name}.{key}"), tuple(expert_matrices(base, key).shape[1:])
         found = own.check(shape, f"{name}.{key}")
-        if not found and own.empty(shape).gated:
+        # a rank that is still to be read from the weight makes no difference here
+        sized = own.changed(r=1) if own.r is None else own
+        if not found and sized.empty(shape).gated:
             return [f"{config.method} reads each layer's input, which the experts '{name}' do not show; leave them out"]
         problems += found
     return problems
