@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,18 +14,28 @@ from peft.mapping import (
     PEFT_TYPE_TO_PREFIX_MAPPING,
     PEFT_TYPE_TO_TUNER_MAPPING,
 )
-from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers, check_target_module_exists
+from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import AuxiliaryTrainingWrapper, _get_submodules
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from folklora.adapters.base import PEFT_TYPE, AdapterConfig
-from folklora.adapters.host.experts import ExpertsLayer, chosen_experts, is_named
-from folklora.adapters.host.kinds import EXPERTS, LINEAR, TRANSPOSED, expert_matrices, expert_parameters, kind_of
+from folklora.adapters.host.experts import ExpertsLayer, chosen_experts
+from folklora.adapters.host.kinds import EXPERTS, kind_of
 from folklora.adapters.host.layer import CallContext, FolkloraLayer, layers_of
 from folklora.adapters.host.saved import check_saved_values
 from folklora.adapters.host.siblings import link_siblings
+from folklora.adapters.host.targets import (
+    all_linear,
+    bare,
+    check_statistics,
+    named_experts,
+    nothing_matched,
+    target_problems,
+    with_chosen_rank,
+    without_match,
+)
 
 _MASKS = ("decoder_attention_mask", "attention_mask", "encoder_attention_mask")
 
@@ -52,7 +60,7 @@ class FolkloraModel(BaseTuner):
         config = self.peft_config[adapter_name]
         targets = self.targets(model, config)
         if config.needs and not _awaits_values(config):
-            _check_statistics(config, targets)
+            check_statistics(config, targets)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         link_siblings(model)
         if config.statistics is not None:
@@ -72,7 +80,7 @@ class FolkloraModel(BaseTuner):
         own = config.for_module(current_key)
         waiting = _awaits_values(config)
         trainable = adapter_name in self.active_adapters and not config.inference_mode
-        own = _with_chosen_rank(config, own, target, current_key, waiting)
+        own = with_chosen_rank(config, own, target, current_key, waiting)
         if isinstance(target, FolkloraLayer):
             target.add(adapter_name, own, waiting=waiting, trainable=trainable)
             return
@@ -98,43 +106,30 @@ class FolkloraModel(BaseTuner):
         Raises:
             ValueError: No layer matches, a target cannot be adapted or options do not fit it; every problem is named.
         """
-        problems = _without_match(config, model)
+        problems = without_match(config, model)
         config = cls._prepare_adapter_config(config, cls.get_model_config(model))
         if isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
-            config.target_modules = _all_linear(config, model)
+            config.target_modules = all_linear(config, model)
         found: dict[str, nn.Module] = {}
         inside = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, FolkloraLayer))
-        experts = dict(_named_experts(config, model))
+        experts = dict(named_experts(config, model))
         for name, module in model.named_modules():
             if not name or (inside and name.startswith(inside)):
                 continue
             if name not in experts and not check_target_module_exists(config, name):
                 continue
-            found[name] = _bare(module)
-            problems += cls._problems(config, name, found[name])
+            found[name] = bare(module)
+            problems += target_problems(config, name, found[name])
         if not found and not config.target_parameters:
-            raise ValueError(_nothing_matched(config, model))
+            raise ValueError(nothing_matched(config, model))
         if problems:
             raise ValueError("\n".join(problems))
         return found
 
-    @staticmethod
-    def _problems(config: AdapterConfig, name: str, base: nn.Module) -> list[str]:
-        try:
-            kind = kind_of(base, name)
-        except TypeError as error:
-            return [str(error)]
-        if kind is EXPERTS:
-            return _expert_problems(config, name, base)
-        if kind.name not in config.layer_kinds:
-            kinds = ", ".join(sorted(config.layer_kinds))
-            return [f"{config.method} adapts {kinds} layers; '{name}' is a {type(base).__name__}"]
-        return config.for_module(name).check(kind.shape(base), name)
-
     def _inject_parameters(
         self, peft_config: AdapterConfig, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
     ) -> list[str]:
-        named = dict(_named_experts(peft_config, model))
+        named = dict(named_experts(peft_config, model))
         for name, module in named.items():
             if isinstance(module, FolkloraLayer) and adapter_name in module.folklora_updates:
                 continue  # by its module's name, with these parameters alone
@@ -142,9 +137,7 @@ class FolkloraModel(BaseTuner):
             with init_empty_weights() if low_cpu_mem_usage else nullcontext():
                 self._create_and_replace(peft_config, adapter_name, target, target_name, parent, current_key=name)
         return [
-            f"{name}.{key}"
-            for name, module in named.items()
-            for key in chosen_experts(_bare(module), name, peft_config)
+            f"{name}.{key}" for name, module in named.items() for key in chosen_experts(bare(module), name, peft_config)
         ]
 
     @classmethod
@@ -272,28 +265,6 @@ class FolkloraModel(BaseTuner):
         return check_saved_values(model, adapter_name, renamed)
 
 
-def _with_chosen_rank(
-    config: AdapterConfig, own: AdapterConfig, target: nn.Module, name: str, waiting: bool
-) -> AdapterConfig:
-    """The options for one layer with the rank that the method reads from its weight, which `config` notes down."""
-    if waiting or type(own).chosen_rank is AdapterConfig.chosen_rank:
-        return own
-    base = _bare(target)
-    if kind_of(base, name) is EXPERTS:
-        found = {f"{name}.{key}": expert_matrices(base, key) for key in chosen_experts(base, name, config)}
-    else:
-        found = {name: [kind_of(base, name).matrix(base)]}
-    ranks = {key: [own.chosen_rank(matrix) for matrix in matrices] for key, matrices in found.items()}
-    if any(None in values for values in ranks.values()):
-        return own
-    # anchored: PEFT matches a key against the end of a name
-    config.rank_pattern = {
-        **{f"^{re.escape(key)}": max(values) for key, values in ranks.items()},
-        **config.rank_pattern,
-    }
-    return replace(own, rank_pattern=config.rank_pattern).for_module(name)
-
-
 def _name_rows(module: nn.Module, args: tuple, kwargs: dict, rows: list[str]) -> tuple[tuple, dict]:
     return args, {**kwargs, "adapter_names": rows}
 
@@ -329,25 +300,6 @@ def _awaits_values(config: AdapterConfig) -> bool:
     return config.restoring or torch.empty(0).device.type == "meta" or _on_meta()
 
 
-def _check_statistics(config: AdapterConfig, targets: dict[str, nn.Module]) -> None:
-    if config.statistics is None:
-        wanted = ", ".join(f'"{kind}"' for kind in sorted(config.needs))
-        raise ValueError(
-            f"{config.method} must know the {' and '.join(sorted(config.needs))} of each layer beforehand: pass "
-            f"config.calibrated(folklora.calibrate(model, batches, {{{wanted}}}, target_modules=config))"
-        )
-    lost = [name for name in targets if name not in config.statistics]
-    problems = [f"the statistics have no layer '{name}'" for name in lost]
-    if lost:
-        problems.append(f"layers that they have: {', '.join(config.statistics)}")
-    for name, base in targets.items():
-        if name not in lost:
-            shape = kind_of(base, name).shape(base)
-            problems += config.for_module(name).check_statistics(config.statistics[name], shape, name)
-    if problems:
-        raise ValueError("\n".join(problems))
-
-
 def _on_meta() -> bool:
     # accelerate's init_empty_weights patches parameter registration, not tensor creation
     return nn.Linear(1, 1, bias=False).weight.device.type == "meta"
@@ -361,85 +313,6 @@ def _tied_pair(model: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
     if embedding is None or head is None or getattr(embedding, "weight", None) is not getattr(head, "weight", 0):
         return None, None
     return embedding, head
-
-
-def _all_linear(config: AdapterConfig, model: nn.Module) -> list[str]:
-    chosen = set(_maybe_include_all_linear_layers(replace(config), model).target_modules)
-    try:
-        head = model.get_output_embeddings()
-    except (AttributeError, NotImplementedError):
-        head = None
-    # PEFT knows a layer that is adapted already only by a class name with "Linear" in it
-    for name, module in model.named_modules():
-        if isinstance(module, FolkloraLayer) and module is not head and module.kind in (LINEAR, TRANSPOSED):
-            chosen.add(name)
-    return sorted(chosen)
-
-
-def _bare(module: nn.Module) -> nn.Module:
-    return module.get_base_layer() if isinstance(module, FolkloraLayer) else module
-
-
-def _named_experts(config: AdapterConfig, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The experts modules of which `target_parameters` names a parameter."""
-    for name, module in model.named_modules():
-        keys = expert_parameters(_bare(module)) if config.target_parameters and ".base_layer" not in name else ()
-        if any(is_named(f"{name}.{key}", config.target_parameters) for key in keys):
-            yield name, module
-
-
-def _expert_problems(config: AdapterConfig, name: str, base: nn.Module) -> list[str]:
-    if "linear" not in config.layer_kinds:
-        return [f"{config.method} adapts no linear layers, and '{name}' is a {type(base).__name__} made of them"]
-    if config.needs:
-        return [
-            f"{config.method} needs statistics of each layer, which the experts '{name}' do not show; leave them out"
-        ]
-    if config.dropout:
-        return [f"the experts '{name}' take no adapter dropout, for their inputs are hidden inside: set dropout=0"]
-    problems = []
-    for key in chosen_experts(base, name, config):
-        own, shape = config.for_module(f"{name}.{key}"), tuple(expert_matrices(base, key).shape[1:])
-        found = own.check(shape, f"{name}.{key}")
-        # a rank that is still to be read from the weight makes no difference here
-        sized = own.changed(r=1) if own.r is None else own
-        if not found and sized.empty(shape).gated:
-            return [f"{config.method} reads each layer's input, which the experts '{name}' do not show; leave them out"]
-        problems += found
-    return problems
-
-
-def _without_match(config: AdapterConfig, model: nn.Module) -> list[str]:
-    problems = []
-    if isinstance(config.target_modules, list):
-        names = [name for name, _ in model.named_modules()]
-        lost = [target for target in config.target_modules if not any(is_named(n, [target]) for n in names)]
-        problems += [f"target module '{target}' matches no layer; {_candidates(model)}" for target in lost]
-    known = [f"{name}.{key}" for name, module in model.named_modules() for key in expert_parameters(module)]
-    for target in config.target_parameters or []:
-        if not any(is_named(name.replace(".base_layer", ""), [target]) for name in known):
-            there = ", ".join(sorted({name.rpartition(".")[2] for name in known})) or "none"
-            problems.append(f"target parameter '{target}' matches no experts; their parameters here: {there}")
-    return problems
-
-
-def _nothing_matched(config: AdapterConfig, model: nn.Module) -> str:
-    return f"target_modules={config.target_modules!r} matches no layer of {type(model).__name__}; {_candidates(model)}"
-
-
-def _candidates(model: nn.Module) -> str:
-    names = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if _adaptable(name, module)})
-    return f"layers that can be adapted: {', '.join(names)}"
-
-
-def _adaptable(name: str, module: nn.Module) -> bool:
-    if isinstance(module, FolkloraLayer):
-        return True
-    try:
-        kind_of(module, name)
-    except TypeError:
-        return False
-    return ".base_layer" not in name and name != ""
 
 
 def register() -> None:
