@@ -382,6 +382,14 @@ def test_what_cannot_be_is_refused_in_words() -> None:
         model(**tiny.batch(), adapter_names=["default", "other", "other", "__base__"])
 
 
+def test_weights_that_come_in_just_before_the_forward_are_refused() -> None:
+    layer = next(layers_of(_adapted("mixtral", LoRA(r=2))))
+    base, inputs = layer.get_base_layer(), (torch.randn(6, 32), torch.randint(4, (6, 2)), torch.rand(6, 2))
+    base.gate_up_proj = nn.Parameter(base.gate_up_proj.to("meta"), requires_grad=False)
+    with pytest.raises(ValueError, match=r"experts 'model.layers.0.mlp.experts' are offloaded"):
+        layer(*inputs)
+
+
 def test_a_saved_adapter_of_other_experts_is_refused(tmp_path: Path) -> None:
     _trained("mixtral", LoRA(r=3)).save_pretrained(tmp_path)
     other = _base("mixtral")

@@ -183,10 +183,20 @@ class ExpertsLayer(FolkloraLayer):
                 f"adapter_names cannot choose adapters of the experts '{self.name}': their tokens are mixed across "
                 "rows; run one adapter at a time, or adapt the attention layers only"
             )
+        self._check_in_place(x)
         weights = {key: self._adapted(key, names) for key in self._keys(names)}
-        if any(weight.is_meta for weight in weights.values()) and not x.is_meta:
-            raise ValueError(f"the experts '{self.name}' are offloaded; adapted experts must stay in memory")
         return functional_call(self.base_layer, weights, (x, *args), kwargs)
+
+    def _check_in_place(self, x: Tensor) -> None:
+        # what brings such weights in, just before the experts' forward, would put them over the adapted ones
+        weight = self.stored_weight()
+        if weight.is_meta and not x.is_meta:
+            raise ValueError(f"the experts '{self.name}' are offloaded; adapted experts must stay in memory")
+        if hasattr(weight, "full_tensor"):
+            raise ValueError(
+                f"the experts '{self.name}' are sharded by themselves; adapted experts can be sharded only with the "
+                "block around them"
+            )
 
     def _keys(self, names: list[str]) -> list[str]:
         return list(dict.fromkeys(key for name in names for key in self.folklora_updates[name].names))
