@@ -16,22 +16,22 @@ import gc
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import peft
 import torch
 import transformers
-from peft import LoraConfig, PeftConfig, get_peft_model
+from kernel_contenders import LINEAR, PLAIN, Contender, contenders
+from peft import PeftConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import folklora
-from folklora import AMLoRA, KaSA, LoRA, PiSSA
 from folklora.spectrum import bottom_factors, top_factors
 from folklora.stream.files import write_json
 
@@ -43,7 +43,6 @@ SHAPES = {
     "8b": (4096, 32, 32, 8, 14336),
 }
 VOCABULARY = 32_000
-LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 WARMUPS = 1  # a third, after the two of first_steps
 COLUMNS = {
     "trained": ("trainable", ",d"),
@@ -57,43 +56,7 @@ COLUMNS = {
     "from PEFT's": ("gradient_from_peft", ".1e"),
     "start, s": ("start_seconds", ".1f"),
 }
-
-
-@dataclass(frozen=True)
-class Contender:
-    """One row: an adapter (None for the base) and how its step is run."""
-
-    name: str
-    config: Callable[[], PeftConfig] | None = None
-    float32: bool = True  # PEFT's autocast_adapter_dtype: a float32 adapter over a base of lower precision
-    autocast: bool = False  # the forward pass runs under autocast to bfloat16
-    decomposes: bool = False  # the weights, for its start values
-    same_start: bool = False  # all such start from the same A and B: their losses and gradients must agree
-    compiled: bool = False  # each decoder block is
-
-
-def contenders(rank: int, mixed: bool, compiled: bool) -> list[Contender]:
-    """The rows in order; `mixed`: the base is bfloat16 on a GPU, so that the adapter's precision is a choice."""
-    common = {"r": rank, "target_modules": LINEAR, "task_type": "CAUSAL_LM"}
-    theirs = Contender("PEFT LoRA", partial(LoraConfig, lora_alpha=2 * rank, **common), same_start=True)
-    low = replace(theirs, name="PEFT LoRA, bf16 adapters", float32=False)
-    ours = Contender("Folklora LoRA", partial(LoRA, alpha=2 * rank, **common), same_start=True)
-    token = partial(AMLoRA, dropout=0.0, granularity="token", gate_init="linear", **common)
-    four = Contender("Folklora AM-LoRA, 4 tasks, token gate", partial(token, tasks=4))
-    rows = [theirs, ours]
-    if mixed:
-        under = [replace(row, name=f"{row.name}, autocast", autocast=True) for row in rows]
-        rows = [theirs, under[0], low, ours, under[1]]
-    rows += [
-        Contender("Folklora KaSA", partial(KaSA, **common), decomposes=True),
-        Contender("Folklora PiSSA", partial(PiSSA, **common), decomposes=True),
-        Contender("Folklora AM-LoRA, 4 tasks", partial(AMLoRA, dropout=0.0, tasks=4, **common)),
-        Contender("Folklora AM-LoRA, 1 task, token gate", token),
-        four,
-        Contender("Folklora AM-LoRA, 4 tasks, token gate, dropout 0.1", partial(token, tasks=4, dropout=0.1)),
-    ]
-    again = [Contender("frozen base"), low if mixed else theirs, ours, four] if compiled else []
-    return rows + [replace(row, name=f"{row.name}, compiled", compiled=True) for row in again]
+SHOWN = ("ratio", "step_ms", "with_adamw_ms", "base_ms", "activation_gib")
 
 
 @dataclass
@@ -174,6 +137,9 @@ def injected(bench: Bench, contender: Contender) -> Iterator[tuple[nn.Module, di
             config = contender.config()
             start = time_start(config, limit) if contender.decomposes else {}
             model = get_peft_model(bench.base, config, autocast_adapter_dtype=contender.float32).train()
+            for index in range(1, contender.together):
+                model.add_adapter(f"other{index}", contender.config())
+            model.base_model.set_adapter(list(model.peft_config))
             set_start(model, contender.same_start)
         for block in bench.base.model.layers if contender.compiled else []:
             block.compile(dynamic=False)
@@ -196,11 +162,14 @@ def set_start(model: nn.Module, draw_all: bool) -> None:
             parameter.copy_(values.to(torch.bfloat16))
 
 
-def step(bench: Bench, model: nn.Module, autocast: bool) -> tuple[Tensor, Tensor]:
+def step(bench: Bench, model: nn.Module, contender: Contender = PLAIN) -> tuple[Tensor, Tensor]:
     """Forward and backward; the loss, and the input with its gradient."""
-    inputs = bench.inputs.detach().requires_grad_()
-    with torch.autocast(bench.inputs.device.type, torch.bfloat16, enabled=autocast):
-        loss = model(inputs_embeds=inputs, labels=bench.labels).loss
+    inputs, more = bench.inputs.detach().requires_grad_(), {}
+    if contender.rows:
+        names = list(model.peft_config)
+        more = {"adapter_names": [names[row % len(names)] for row in range(len(inputs))]}
+    with torch.autocast(bench.inputs.device.type, torch.bfloat16, enabled=contender.autocast):
+        loss = model(inputs_embeds=inputs, labels=bench.labels, **more).loss
     loss.backward()
     return loss.detach(), inputs
 
@@ -213,12 +182,12 @@ def timed(bench: Bench, model: nn.Module, contender: Contender) -> dict[str, Any
     for _ in range(WARMUPS + bench.options.repeats):
         bench.put(bench.plain)
         begun = mark(bench)
-        step(bench, bench.base, False)
+        step(bench, bench.base)
         base.append((begun, mark(bench)))
         bench.put(adapted)
         model.zero_grad(set_to_none=True)
         begun = mark(bench)
-        step(bench, model, contender.autocast)
+        step(bench, model, contender)
         own.append((begun, mark(bench)))
         if optimizer is not None:
             optimizer.step()
@@ -248,12 +217,12 @@ def first_steps(bench: Bench, model: nn.Module, contender: Contender) -> dict[st
     """
     torch.manual_seed(2)
     found: dict[str, Any] = {}
-    step(bench, model, contender.autocast)
+    step(bench, model, contender)
     model.zero_grad(set_to_none=True)
     if bench.cuda:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-    loss, inputs = step(bench, model, contender.autocast)
+    loss, inputs = step(bench, model, contender)
     if bench.cuda:
         peak = torch.cuda.max_memory_allocated()
         found = {"activation_gib": (peak - before) / 2**30, "peak_gib": peak / 2**30}
@@ -270,6 +239,8 @@ def first_steps(bench: Bench, model: nn.Module, contender: Contender) -> dict[st
 
 def compare(bench: Bench, name: str, found: dict[str, Any], gradients: list[Tensor]) -> dict[str, float]:
     """Relative differences from the first LoRA, which has the same A and B; a problem where one of ours is beyond."""
+    if bench.reference is None and not name.startswith("PEFT"):
+        return {}
     if bench.reference is None:
         bench.reference = found | {"gradients": gradients}
     peft_found = bench.reference
@@ -303,7 +274,8 @@ def measure(bench: Bench, contender: Contender) -> dict[str, Any]:
         # time on a GPU is dear: what one contender does wrong must not cost the other rows
         row["failed"] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
         bench.problems.append(f"{contender.name}: {row['failed']}")
-    print(f"{contender.name}: {row.get('failed') or format(row['ratio'], '.3f')}", flush=True)
+    shown = row.get("failed") or " ".join(f"{key} {row[key]:.4g}" for key in SHOWN if key in row)
+    print(f"{contender.name}: {shown}", flush=True)
     return row
 
 
@@ -326,7 +298,7 @@ def decompositions(weight: Tensor, rank: int) -> dict[str, float]:
 def base_row(bench: Bench, first: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
     """The base as a row: the median over all rows' medians of it, the first, the last, and how far they lie apart."""
     times = [row["base_ms"] for row in rows if "base_ms" in row]
-    again = first_steps(bench, bench.base, Contender("frozen base"))["loss"]
+    again = first_steps(bench, bench.base, PLAIN)["loss"]
     if not abs(again / first["loss"] - 1) <= bench.bound:
         bench.problems.append(f"the base's loss was {first['loss']} at first and is {again} now: it was not restored")
     row = first | {"name": "frozen base", "step_ms": statistics.median(times), "ratio": 1.0}
@@ -364,6 +336,8 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=10, help="timed steps, at least 2")
     parser.add_argument("--init-blocks", type=int, help="blocks whose weights are decomposed (all; 2 for 8b)")
     parser.add_argument("--compile", action="store_true", help="add compiled variants")
+    parser.add_argument("--only", nargs="+", help="measure the rows whose names begin so, not all")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no new row after so many")
     parser.add_argument("--out", help="write the figures here, as JSON")
     options = parser.parse_args()
     cuda, large = options.device == "cuda", options.shape == "8b"
@@ -377,10 +351,14 @@ def read_options() -> argparse.Namespace:
 def main() -> int:
     options = read_options()
     bench = build(options)
-    first = first_steps(bench, bench.base, Contender("frozen base"))
+    first = first_steps(bench, bench.base, PLAIN)
     # first, so that the decompositions that are timed for the rows start warm
     seconds = decompositions(bench.base.model.layers[0].self_attn.q_proj.weight.float(), options.rank)
-    rows = [measure(bench, one) for one in contenders(options.rank, options.dtype != "float32", options.compile)]
+    wanted = contenders(options.rank, options.dtype != "float32", options.compile)
+    if options.only:
+        wanted = [one for one in wanted if one.name.startswith(tuple(options.only))]
+    deadline = now() + 60 * options.minutes
+    rows = [measure(bench, one) for one in wanted if now() < deadline]
     rows.insert(0, base_row(bench, first, rows))
     processor = f"CPU {platform.machine()}, {torch.get_num_threads()} threads"
     about = vars(options) | {

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from folklora.fused import products
+
 
 @dataclass(frozen=True)
 class Factors:
@@ -110,15 +112,15 @@ def concatenate(parts: Sequence[Factors]) -> Factors:
     """
     if len(parts) == 1:
         return parts[0]
+    A, B = torch.cat([part.A for part in parts]), torch.cat([part.B for part in parts], dim=1)
+    numbers = {part.s for part in parts if not isinstance(part.s, Tensor)}
+    if len(numbers) == 1 and not any(isinstance(part.s, Tensor) for part in parts):
+        return Factors(A, numbers.pop(), B)
     vectors = [part.vector() for part in parts]
     if any(part.gated for part in parts):
         leading = torch.broadcast_shapes(*(v.shape[:-1] for v in vectors))
         vectors = [v.expand(*leading, v.shape[-1]) for v in vectors]
-    return Factors(
-        torch.cat([part.A for part in parts]),
-        torch.cat(vectors, dim=-1),
-        torch.cat([part.B for part in parts], dim=1),
-    )
+    return Factors(A, torch.cat(vectors, dim=-1), B)
 
 
 def factored_linear(
@@ -254,19 +256,21 @@ class _FactoredLinear(torch.autograd.Function):
     ) -> Tensor:
         dtype = x.dtype
         rows, b = x.reshape(-1, x.shape[-1]), B.to(dtype)
-        scale = s.to(dtype).reshape(-1, s.shape[-1]) if isinstance(s, Tensor) else s
+        gate = s.to(dtype).reshape(-1, s.shape[-1]) if isinstance(s, Tensor) else None
+        # a number goes into the small factors, so that nothing of the activations' length is multiplied with it
+        constant = 1.0 if gate is not None else s
         a, kept = None, None
         if A is not None:
-            a = A.to(dtype)
+            a = (A * constant).to(dtype) if constant != 1 else A.to(dtype)
             source, kept = torch.native_dropout(rows, dropout, True) if dropout else (rows, None)
             h = source @ a.T
-        z = h * scale
+        elif constant != 1:
+            b = (B * constant).to(dtype)
+        z = h if gate is None else h * gate
         y = z @ b.T if bias is None else torch.addmm(bias, z, b.T)
         y.addmm_(rows, weight.T)
-        gate = scale if isinstance(s, Tensor) else None
         ctx.save_for_backward(rows, weight, a, b, h, gate, kept)
-        ctx.rise, ctx.gradient = 1 / (1 - dropout), gradient
-        ctx.constant = None if isinstance(s, Tensor) else s
+        ctx.rise, ctx.gradient, ctx.constant = 1 / (1 - dropout), gradient, constant
         ctx.like = (x.shape, A.dtype if A is not None else None, B.dtype, s.shape if isinstance(s, Tensor) else None)
         ctx.s_dtype = s.dtype if isinstance(s, Tensor) else None
         return y.view(*x.shape[:-1], weight.shape[0])
@@ -277,11 +281,15 @@ class _FactoredLinear(torch.autograd.Function):
         rows, weight, a, b, h, gate, kept = ctx.saved_tensors
         shape, a_dtype, b_dtype, s_shape = ctx.like
         needs_x, needs_w, needs_bias, needs_a, needs_s, needs_b, _, needs_h, _ = ctx.needs_input_grad
-        scale = ctx.constant if gate is None else gate
         g = grad.reshape(-1, grad.shape[-1])
-        gz = g @ b
-        gh = gz * scale
         grad_x = grad_w = grad_bias = grad_a = grad_s = grad_b = None
+        if needs_b:
+            gz, grad_b = products(g, b, h if gate is None else h * gate)
+            # z was made of s A, or b of s B: what is left of s is in the other
+            grad_b = grad_b.to(b_dtype) if a is not None or ctx.constant == 1 else grad_b.to(b_dtype) * ctx.constant
+        else:
+            gz = g @ b
+        gh = gz if gate is None else gz * gate
         if needs_x and ctx.gradient is None:
             grad_x = _dropped(gh @ a, kept, ctx.rise)
             grad_x.addmm_(g, weight)
@@ -294,11 +302,10 @@ class _FactoredLinear(torch.autograd.Function):
             grad_bias = g.sum(0)
         if needs_a:
             grad_a = (gh.T @ _dropped(rows, kept, ctx.rise)).to(a_dtype)
+            grad_a = grad_a if ctx.constant == 1 else grad_a * ctx.constant
         if needs_s:
-            products = gz.to(ctx.s_dtype) * h.to(ctx.s_dtype)
-            grad_s = products.sum(0) if len(s_shape) == 1 else products.view(s_shape)
-        if needs_b:
-            grad_b = (g.T @ (h * scale)).to(b_dtype)
+            products_s = gz.to(ctx.s_dtype) * h.to(ctx.s_dtype)
+            grad_s = products_s.sum(0) if len(s_shape) == 1 else products_s.view(s_shape)
         return grad_x, grad_w, grad_bias, grad_a, grad_s, grad_b, None, gh if needs_h else None, None
 
 

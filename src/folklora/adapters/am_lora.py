@@ -288,7 +288,7 @@ class AMLoRAUpdate(Update):
         """Each position's mean over itself and all before it, those in the cache too; summed in float32."""
         known = mask is not None and x.shape[:-1] == mask.shape
         weights = (mask if known else torch.ones_like(x[..., 0])).float().unsqueeze(-1)
-        sums, counts = (x.float() * weights).cumsum(-2), weights.cumsum(-2)
+        sums, counts = _running_sum(x.float() * weights), _running_sum(weights)
         if self.before:
             past_sum, past_count = self._past_of(len(x))
             sums, counts = sums + past_sum, counts + past_count
@@ -360,6 +360,11 @@ def _masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
     if mask is None or values.shape != mask.shape:
         mask = torch.ones_like(values)
     return (values * mask).sum() / mask.sum().clamp_min(1)
+
+
+def _running_sum(values: Tensor) -> Tensor:
+    # over positions [..., positions, n]; a GPU scans far faster along what lies next to each other in memory
+    return values.transpose(-1, -2).contiguous().cumsum(-1).transpose(-1, -2)
 
 
 def _mean_positions(x: Tensor, mask: Tensor | None) -> Tensor:
