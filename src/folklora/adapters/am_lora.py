@@ -294,7 +294,8 @@ class AMLoRAUpdate(Update):
             sums, counts = sums + past_sum, counts + past_count
         self.past = (sums[:, -1:].detach(), counts[:, -1:].detach())
         self.past_length = self.before + x.shape[-2]
-        return (sums / counts.clamp_min(1)).to(x.dtype)
+        # in the order of x again: how a product of it is computed depends on that order
+        return (sums / counts.clamp_min(1)).to(x.dtype).contiguous()
 
     def _past_of(self, rows: int) -> tuple[Tensor, Tensor]:
         if self.past is None or len(self.past[0]) != rows or self.past_length != self.before:
