@@ -1,11 +1,12 @@
-# `make demo` teaches a small model five tasks; `make test` runs the whole suite. Both set up .venv first.
+# `make demo` teaches a small model five tasks, `make test` runs the whole suite, `make docs` builds the pages in site/.
+# Each sets up .venv first.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test lint install clean
+.PHONY: demo test docs lint install clean
 
 install: $(STAMP)
 
@@ -22,9 +23,12 @@ demo: install
 test: install
 	$(BIN)/python -m pytest
 
+docs: install
+	$(BIN)/mkdocs build --strict
+
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
 clean:
-	rm -rf $(VENV) runs build dist
+	rm -rf $(VENV) runs build dist site
