@@ -1,12 +1,13 @@
-# `make demo` teaches a small model five tasks; `make test` runs the whole suite. Both set up .venv first.
-# `make floor` runs the suite in .venv-floor, with the lowest versions of transformers and peft that are allowed.
+# `make demo` teaches a small model five tasks, `make test` runs the whole suite, `make docs` builds the pages in site/.
+# Each sets up .venv first. `make floor` runs the suite in .venv-floor, with the lowest versions of transformers and
+# peft that are allowed.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test floor lint install clean
+.PHONY: demo test docs floor lint install clean
 
 install: $(STAMP)
 
@@ -34,9 +35,12 @@ test: install
 floor: .venv-floor/.installed
 	.venv-floor/bin/python -m pytest
 
+docs: install
+	$(BIN)/mkdocs build --strict
+
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
 clean:
-	rm -rf $(VENV) .venv-floor runs build dist
+	rm -rf $(VENV) .venv-floor runs build dist site
