@@ -94,6 +94,15 @@ def test_similarities_are_those_of_the_plain_layers(tiny_llama, tiny_tokenizer):
     assert len(set(found.values())) == 6
 
 
+def test_an_encoder_decoder_is_ranked_on_both_sides(tiny_t5, tiny_tokenizer):
+    method = OSFTStream(OSFT(target_modules=["q", "wo"]))
+    model = method.start(tiny_t5())
+    method.prepare(model, tiny_tokenizer, TASKS, 0)
+    found = {layer.name: update.protected_count for layer, update in updates_of(model, "default")}
+    assert {name.partition(".")[0] for name in found} == {"encoder", "decoder"}
+    assert len(set(found.values())) > 1
+
+
 @pytest.mark.parametrize("retention", ["adaptive", "budget", "fixed"])
 def test_each_task_is_trained_off_what_was_protected_when_it_came(retention, tiny_llama, tiny_tokenizer, tmp_path):
     method = stream(retention)

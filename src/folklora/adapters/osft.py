@@ -40,12 +40,14 @@ class OSFT(AdapterConfig):
     pulls the unprotected part of W to 0, as it does in full fine-tuning. The authors train with AdamW at learning rates
     of 1e-6 to 2e-5, as for full fine-tuning, far below a LoRA's.
 
-    Memory a weight, in float32 numbers: r (in + out + 1) trained (with AdamW twice that for its state, and the
-    gradient), as many frozen for the start, and k times the long side where in ≠ out. A square weight with the
-    default r = q/4 has half of its size trained and half frozen. From the second task on, p (in + out) more hold what
-    earlier tasks changed, p ≤ q the rank of that. A forward pass also makes one [r, long side] product for a layer,
-    of 2 r k (or, square, 2 r²) times the long side in multiplications, whatever the number of tokens. Saved files
-    hold all of this; merge or export what is only to be used.
+    Memory a weight, in float32 numbers: r (in + out + 1) trained (four times that with AdamW's state and the gradient),
+    as many frozen for the start, and k times the long side where in ≠ out. With the default r = q/4 that is 2.5 times
+    a square weight's size, of which 0.5 frozen, and 2.5 times that of a weight [11008, 4096], of which 1.1 frozen; full
+    fine-tuning of float32 masters takes 4. From the second task on p (in + out) more hold what earlier tasks changed,
+    p ≤ q the rank of that: 2 times a square weight's size at most. A forward pass computes one [long side, r] product
+    a layer whatever the number of tokens, in about 2 r (k + r) (square: 4 r²) times the long side multiplications, and
+    keeps another of that size for the backward pass. Saved files hold the trained and the frozen part, so that loading
+    decomposes nothing; merge or export what is only to be used.
 
     `next_task` ends a task as the paper does: it decomposes the *current* weight W + ΔW, keeps ΔW as frozen factors
     (the paper writes it into W; the function is the same), protects the first k triplets and trains the rest. What a
@@ -58,8 +60,9 @@ class OSFT(AdapterConfig):
 
     When to choose:
         When one plain model has to learn task after task, without task ids, replay or adapters that pile up, and memory
-        for nearly full fine-tuning is there. On a single task it learns less than full fine-tuning or LoRA do. It
-        protects directions, not behaviour: what the old tasks use of the weak directions may change.
+        for nearly full fine-tuning is there. On a single task it learns less: 0.43 on mathematics in PEFT's comparison
+        of methods, where LoRA has 0.48 and full fine-tuning 0.47. It protects directions, not behaviour: what the old
+        tasks use of the weak directions may change.
 
     Equation:
         \Delta W = U \, \mathrm{diag}(s) \, V^\top - U_0 \, \mathrm{diag}(s_0) \, V_0^\top
@@ -181,8 +184,10 @@ class OSFTUpdate(Update):
         # in bfloat16 the difference to the start would be lost in its rounding
         with torch.autocast(self.s.device.type, enabled=False):
             (short, short0), (long, long0) = self._sides()
-            scaled = self._off_protected(long, long0) * self.s
-            change = scaled - long0 * self.s0 + scaled @ ((short - short0).mT @ short0)
+            turned = self.s[:, None] * ((short - short0).mT @ short0)
+            # of differences to the start alone, which are 0 there to the bit whatever a product's precision
+            change = self._off_protected(long - long0, long0) @ (turned + torch.diag(self.s))
+            change = change + long0 @ (turned + torch.diag(self.s - self.s0))
         if self._wide:
             return Factors(change.mT, 1.0, short0), kept
         return Factors(short0.mT, 1.0, change), kept
@@ -191,7 +196,7 @@ class OSFTUpdate(Update):
         """Project the parameters off the protected subspace."""
         (short, short0), (long, long0) = self._sides()
         short.copy_(short0 + short0 @ (short0.mT @ (short - short0)))
-        long.copy_(self._off_protected(long, long0))
+        long.copy_(long0 + self._off_protected(long - long0, long0))
 
     @torch.no_grad()
     def next_task(self, weight: Tensor, r: int) -> int:
@@ -201,11 +206,12 @@ class OSFTUpdate(Update):
         """
         total = self.factors()
         change = Factors(total.A.double(), total.s, total.B.double()).dense()
-        found = triplets(change, dtype=torch.float64)
-        # float32 factors hold nothing below this
-        rank = int((found.S > torch.finfo(torch.float32).eps * found.S[0]).sum())
         self.old_A = self.old_B = None
-        if rank:
+        rank = 0
+        if change.any():
+            found = triplets(change, dtype=torch.float64)
+            # float32 factors hold nothing below this
+            rank = int((found.S > torch.finfo(torch.float32).eps * found.S[0]).sum())
             root = found.S[:rank].sqrt()
             old = (root[:, None] * found.V[:, :rank].mT, found.U[:, :rank] * root)
             self.old_A, self.old_B = (nn.Parameter(v.float().contiguous(), requires_grad=False) for v in old)
@@ -226,13 +232,13 @@ class OSFTUpdate(Update):
         left, right = (self.U, self.U0), (self.V, self.V0)
         return (left, right) if self._wide else (right, left)
 
-    def _off_protected(self, long: Tensor, start: Tensor) -> Tensor:
+    def _off_protected(self, moved: Tensor, start: Tensor) -> Tensor:
+        """The movement [long, r] of the long side's vectors, projected off its protected ones."""
         if not self.protected_count:
-            return long
-        moved = long - start
+            return moved
         if self.protected is None:
-            return start + start @ (start.mT @ moved)
-        return start + (moved - self.protected @ (self.protected.mT @ moved))
+            return start @ (start.mT @ moved)
+        return moved - self.protected @ (self.protected.mT @ moved)
 
 
 def next_task(model: nn.Module, ranks: dict[str, int] | None = None, adapter_name: str = "default") -> dict[str, int]:
