@@ -5,6 +5,7 @@ from typing import Any
 
 from folklora.adapters import (
     KIND,
+    OSFT,
     SALT,
     SORSA,
     AdapterConfig,
@@ -58,6 +59,7 @@ _steps.register()
 
 __all__ = [
     "KIND",
+    "OSFT",
     "SALT",
     "SORSA",
     "AMLoRA",

@@ -9,6 +9,7 @@ import torch
 
 from folklora import (
     KIND,
+    OSFT,
     SALT,
     SORSA,
     AMLoRA,
@@ -102,6 +103,10 @@ VARIANTS = {
     "lora-xs from the base": LoRAXS(
         r=3, sigma=0.0, alpha=7, dropout=0.3, target_modules=["embed_tokens", "lm_head", "o_proj", "up_proj"]
     ),
+    "osft by a share": OSFT(
+        unfreeze_rank_ratio=0.6, dropout=0.3, target_modules=["embed_tokens", "lm_head", "k_proj", "o_proj", "up_proj"]
+    ),
+    "osft of full rank": OSFT(r=16, rank_pattern={"q_proj": 32}, target_modules=["q_proj", "v_proj"]),
     "pissa with alpha": PiSSA(r=3, alpha=7, rslora=True, target_modules="all-linear", rank_pattern={"k_proj": 5}),
     "randlora with other bases": RandLoRA(
         r=3, scale_rule="alpha/(r sqrt n)", bases="sparse", peft_layout=True, dropout=0.3, rank_pattern={"v_proj": 5}

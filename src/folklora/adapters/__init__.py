@@ -11,6 +11,7 @@ from folklora.adapters.kind import KIND
 from folklora.adapters.lora import LoRA
 from folklora.adapters.lora_sb import LoRASB
 from folklora.adapters.lora_xs import LoRAXS
+from folklora.adapters.osft import OSFT
 from folklora.adapters.pissa import PiSSA
 from folklora.adapters.randlora import RandLoRA
 from folklora.adapters.salt import SALT
@@ -22,6 +23,7 @@ from folklora.adapters.vl_adapter import VLAdapter
 
 __all__ = [
     "KIND",
+    "OSFT",
     "SALT",
     "SORSA",
     "AMLoRA",

@@ -4,6 +4,7 @@ from folklora.continual.am_lora import AMLoRAStream
 from folklora.continual.base import AdapterPerTask, ContinualMethod
 from folklora.continual.inc_lora import IncLoRA
 from folklora.continual.multi_task import MultiTask
+from folklora.continual.osft import OSFTStream
 from folklora.continual.per_task import PerTask
 from folklora.continual.replay import Replay
 from folklora.continual.seq_lora import SeqLoRA
@@ -14,6 +15,7 @@ __all__ = [
     "ContinualMethod",
     "IncLoRA",
     "MultiTask",
+    "OSFTStream",
     "PerTask",
     "Replay",
     "SeqLoRA",
