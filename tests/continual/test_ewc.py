@@ -165,7 +165,6 @@ def test_a_huge_weight_holds_what_matters(tiny_llama, tiny_tokenizer, stream, tm
         assert sum(int(mask.sum()) for mask in heavy.values()) > 50
         moves = [(value - method._anchor[name])[heavy[name]].detach().abs() for name, value in trained(model).items()]
         distance[weight] = torch.cat(moves).mean().item()
-    print(distance)
     # AdamW's steps have the size of the learning rate whatever the force, so they end near the anchor, not on it
     assert distance[1e7] < distance[0.0] / 20
 

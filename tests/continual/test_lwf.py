@@ -9,6 +9,7 @@ import torch
 
 from folklora import KaSA, LoRA, SMoRA
 from folklora.continual import LwF
+from folklora.continual.answers import at_answers
 from folklora.continual.lwf import distillation
 from folklora.stream.train import TrainSettings, train_task
 
@@ -107,6 +108,14 @@ def test_the_first_step_of_a_task_has_the_loss_of_plain_training(tiny_llama, tin
         first[weight], after[weight] = losses[0]["loss"], losses[-1]["loss"]
     assert first[1.0] == pytest.approx(first[0.0], rel=1e-5)
     assert after[1.0] > after[0.0] * 1.01, "the old answers hold back the new ones"
+
+
+def test_positions_of_a_learnt_prompt_are_passed_over():
+    logits = torch.arange(2 * 5 * 3.0).view(2, 5, 3)
+    labels = torch.tensor([[-100, 1, 2], [-100, -100, 0]])
+    found, tokens = at_answers(logits, labels, encoder_decoder=False)
+    assert tokens.tolist() == [1, 2, 0]
+    assert torch.equal(found, torch.stack([logits[0, 2], logits[0, 3], logits[1, 3]]))
 
 
 def test_without_weight_it_is_seq_lora(teach):
