@@ -52,6 +52,9 @@ class Update(nn.Module):
     needs_full_sequence: bool = False
     """Whether a position's update depends on other positions, so that generation cannot continue from a cache."""
 
+    weights: int = 1
+    """How many weights this module updates; more than one where the host stacks a method's updates of experts."""
+
     reads_past: bool = False
     """Whether a position's update depends on the positions before it."""
     past: tuple[Tensor, ...] | None = None
@@ -166,6 +169,9 @@ class AdapterConfig(PeftConfig):
         method: The method's name; chooses the class when a saved configuration is read.
         target_modules: Names or name endings of the layers to adapt, a regular expression, or "all-linear";
             None takes PEFT's choice for the architecture (query and value projections for most).
+        target_parameters: Names or name endings of three-dimensional mixture-of-experts weights to adapt, such as
+            "experts.down_proj". An experts module named in `target_modules` has all of its weights adapted, unless
+            this names some of them.
         exclude_modules: Layers that are left alone though `target_modules` names them.
         layers_to_transform: Indices of the blocks to adapt; None takes all.
         layers_pattern: Name of the list of blocks, where `layers_to_transform` is given and PEFT does not know it.
@@ -178,6 +184,7 @@ class AdapterConfig(PeftConfig):
 
     method: str = ""
     target_modules: list[str] | str | None = None
+    target_parameters: list[str] | None = None
     exclude_modules: list[str] | str | None = None
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
@@ -223,7 +230,7 @@ class AdapterConfig(PeftConfig):
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be at least 0 and below 1, not {self.dropout}")
         # sets do not survive JSON in a stable order
-        for name in ("target_modules", "exclude_modules"):
+        for name in ("target_modules", "target_parameters", "exclude_modules"):
             if isinstance(getattr(self, name), (set, tuple)):
                 setattr(self, name, sorted(getattr(self, name)))
 

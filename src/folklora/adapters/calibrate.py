@@ -302,6 +302,9 @@ def _layers(
     layers = FolkloraModel.targets(model, config)
     problems = []
     for name, base in layers.items():
+        if kind_of(base, name).name == "experts":
+            problems.append(f"'{name}' holds experts, which calibration does not see one by one; leave it out")
+            continue
         if COVARIANCE in wanted and kind_of(base, name).name != "linear":
             problems.append(f"'{name}' is a {type(base).__name__}; the covariance is that of linear layers")
         if not wanted.isdisjoint((GRADIENT, FISHER)):

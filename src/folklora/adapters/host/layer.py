@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from folklora.adapters.base import AdapterConfig, Update, zeros
 from folklora.adapters.host.call import CallContext
-from folklora.adapters.host.kinds import is_quantised, kind_of
-from folklora.adapters.host.merge import merge, unmerge
+from folklora.adapters.host.kinds import is_quantised_weight, kind_of
+from folklora.adapters.host.merge import merge, unmerge, with_added
 from folklora.adapters.host.siblings import Offer, offered, share
 from folklora.factored import Factors, concatenate
 
@@ -48,13 +48,14 @@ class FolkloraLayer(nn.Module, BaseTunerLayer):
         self.base_layer = base_layer
         self.name, self.context = name, context
         self.kind = kind_of(base_layer, name)
+        if self.kind.has_matrix:
+            self.out_features, self.in_features = self.kind.shape(base_layer)
         self.folklora_updates = nn.ModuleDict()
         self.dropouts: dict[str, float] = {}
         self.reductions: dict[str, str] = {}
         self.waiting: set[str] = set()
         self.merged_adapters: list[str] = []
-        self.unmerged_weight: nn.Parameter | None = None
-        self.unmerged_bias: nn.Parameter | None = None
+        self.unmerged: dict[str, nn.Parameter] = {}
         self.siblings: list[FolkloraLayer] = []
         self.offer: Offer | None = None
         LIVE_LAYERS[next(_serial)] = self
@@ -76,19 +77,12 @@ class FolkloraLayer(nn.Module, BaseTunerLayer):
             waiting: Make it without values: saved ones will be loaded.
             trainable: Whether its parameters ask for gradients.
         """
-        base = self.get_base_layer()
+        update = self._new_update(config, waiting)
         if waiting:
-            update = config.empty(self.kind.shape(base))
             self.waiting.add(adapter_name)
-        elif config.needs:
-            matrix = self.kind.matrix(base)
-            stats = {kind: value.to(matrix.device) for kind, value in config.statistics[self.name].items()}
-            update = config.update(matrix, stats)
-        else:
-            update = config.update(self.kind.matrix(base))
         update.placed(self, adapter_name)
         sample = self.sample_base()
-        bias = getattr(base, "bias", None) if config.train_bias else None
+        bias = getattr(self.get_base_layer(), "bias", None) if config.train_bias else None
         update.register_parameter("bias_change", None if bias is None else zeros(*bias.shape, like=bias))
         update.base_sample = nn.Parameter(sample.fill_(math.nan) if waiting else sample, requires_grad=False)
         if adapter_name in self.context.shared:
@@ -104,6 +98,20 @@ class FolkloraLayer(nn.Module, BaseTunerLayer):
         self._freeze_non_trainable_peft_weights(adapter_name)
         self.set_adapter(self.active_adapters)
 
+    def _new_update(self, config: AdapterConfig, waiting: bool) -> Update:
+        base = self.get_base_layer()
+        if waiting:
+            return config.empty(self.kind.shape(base))
+        matrix = self.kind.matrix(base)
+        if not config.needs:
+            return config.update(matrix)
+        stats = {kind: value.to(matrix.device) for kind, value in config.statistics[self.name].items()}
+        return config.update(matrix, stats)
+
+    def stored_weight(self) -> Tensor:
+        """The base's weight as it is stored, or one of several."""
+        return self.get_base_layer().weight
+
     def derive(self, adapter_name: str, saved: dict[str, Tensor]) -> dict[str, Tensor]:
         """What an update's saved values leave out, made again from the base weight, by parameter name."""
         update = self.folklora_updates[adapter_name]
@@ -118,32 +126,23 @@ class FolkloraLayer(nn.Module, BaseTunerLayer):
         return [layer.folklora_updates[adapter_name] for layer in layers if adapter_name in layer.folklora_updates]
 
     def sample_base(self) -> Tensor:
-        """SAMPLES evenly spaced elements of the base weight, float32: enough to tell one base from another."""
-        flat = self.kind.matrix(self.get_base_layer()).reshape(-1)
-        step = max(1, flat.numel() // SAMPLES)
-        return flat[::step][:SAMPLES].float().clone()
+        """Evenly spaced elements of the base weight, float32: enough to tell one base from another."""
+        return evenly_spaced(self.kind.matrix(self.get_base_layer()))
 
     def fits_base(self, sample: Tensor) -> bool:
         """Whether a saved sample is of this base, up to one rounding (on a quantised layer: points the same way)."""
-        base = self.get_base_layer()
-        if base.weight.device.type == "meta":
+        if self.stored_weight().device.type == "meta":
             return True
         own, sample = self.sample_base().cpu(), sample.detach().float().cpu()
-        if is_quantised(base):
+        if is_quantised_weight(self.stored_weight()):
             return bool(F.cosine_similarity(own, sample, dim=0) > _QUANTISED_COSINE)
         return torch.allclose(own, sample, rtol=_SAME, atol=_SMALLEST)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base layer's output plus every active update's."""
-        if self._disable_adapters:
-            self.unmerge()
-        if self._disable_adapters or self.merged_adapters:
-            return self.base_layer(x, *args, **kwargs)
-        names = self._names_in_use()
+        names = self._names_to_apply()
         if not names:
             return self.base_layer(x, *args, **kwargs)
-        if self.waiting:
-            self.admit_loaded(names)
         functions = [name for name in names if self.folklora_updates[name].is_function]
         if functions:
             return self._forward_with_functions(x, functions, [name for name in names if name not in functions])
@@ -231,6 +230,17 @@ class FolkloraLayer(nn.Module, BaseTunerLayer):
                 y = y + (change if gate is None else gate.to(y.dtype) * change)
         return y
 
+    def _names_to_apply(self) -> list[str]:
+        """The adapters that this pass adds to the base layer's output; none where they are disabled or merged."""
+        if self._disable_adapters:
+            self.unmerge()
+        if self._disable_adapters or self.merged_adapters:
+            return []
+        names = self._names_in_use()
+        if self.waiting:
+            self.admit_loaded(names)
+        return names
+
     def _names_in_use(self) -> list[str]:
         names = self.active_adapters if self.context.rows is None else sorted(set(self.context.rows))
         return [name for name in names if name in self.folklora_updates]
@@ -267,13 +277,14 @@ class FolkloraLayer(nn.Module, BaseTunerLayer):
         merge(self, check_adapters_to_merge(self, adapter_names), finite=safe_merge)
 
     def unmerge(self) -> None:
-        """Put the base's own weight back, bit for bit."""
+        """Put the base's own weights back, bit for bit."""
         unmerge(self)
 
-    def fixed_factors(self, names: list[str]) -> Factors:
-        """All that these adapters add, whatever the input."""
+    def merged_weights(self, names: list[str]) -> dict[str, Tensor]:
+        """The base's own parameters with these adapters' updates added, by name."""
         made = self._corrections_made(names)
-        return concatenate([_factors_of(self.folklora_updates[name], name not in made) for name in names])
+        total = concatenate([_factors_of(self.folklora_updates[name], name not in made) for name in names])
+        return with_added(self, names, total)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove one adapter's update from this layer."""
@@ -297,7 +308,7 @@ class FolkloraLayer(nn.Module, BaseTunerLayer):
         # PEFT's own would also cast the float32 masters to the base's dtype
         update = self.folklora_updates[adapter_name]
         if not any(parameter.is_meta for parameter in update.parameters()):
-            device = self.get_base_layer().weight.device if device is None else device
+            device = self.stored_weight().device if device is None else device
             update.to(device)
             if update.shared is not None:
                 update.shared.to(device)
@@ -336,6 +347,13 @@ class FolkloraLayer(nn.Module, BaseTunerLayer):
     def extra_repr(self) -> str:
         """Which adapters the layer carries."""
         return ", ".join(f"{name}={type(update).__name__}" for name, update in self.folklora_updates.items())
+
+
+def evenly_spaced(weight: Tensor) -> Tensor:
+    """SAMPLES evenly spaced elements of a weight, float32."""
+    flat = weight.reshape(-1)
+    step = max(1, flat.numel() // SAMPLES)
+    return flat[::step][:SAMPLES].float().clone()
 
 
 def _factors_of(update: Update, corrects: bool, *inputs: Tensor | None) -> Factors:

@@ -51,7 +51,7 @@ def check_saved_values(model: nn.Module, adapter_name: str, values: dict[str, Te
     derived: dict[str, Tensor] = {}
     for path, layer in carriers.items():
         # what is not saved must be made from the base weight, which may still be absent
-        if layer.folklora_updates[adapter_name].unsaved and layer.get_base_layer().weight.is_meta:
+        if layer.folklora_updates[adapter_name].unsaved and layer.stored_weight().is_meta:
             continue
         derived |= _derived(layer, adapter_name, f"{path}.folklora_updates.{adapter_name}.", values)
         layer.waiting.discard(adapter_name)

@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from peft.mapping import (
     PEFT_TYPE_TO_CONFIG_MAPPING,
     PEFT_TYPE_TO_PREFIX_MAPPING,
     PEFT_TYPE_TO_TUNER_MAPPING,
 )
-from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers, check_target_module_exists
+from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, _get_submodules
 from torch import Tensor, nn
 
 from folklora.adapters.base import PEFT_TYPE, AdapterConfig
 from folklora.adapters.host.blocks import block_of, read_block, stop_reading
 from folklora.adapters.host.call import CallContext, listen, stop_listening
-from folklora.adapters.host.kinds import LINEAR, TRANSPOSED, kind_of
+from folklora.adapters.host.experts import ExpertsLayer, chosen_experts
+from folklora.adapters.host.kinds import EXPERTS, kind_of
 from folklora.adapters.host.layer import FolkloraLayer, layers_of
 from folklora.adapters.host.saved import check_saved_values
 from folklora.adapters.host.shared import (
@@ -35,6 +35,16 @@ from folklora.adapters.host.shared import (
     with_adapter_name,
 )
 from folklora.adapters.host.siblings import link_siblings
+from folklora.adapters.host.targets import (
+    all_linear,
+    bare,
+    check_statistics,
+    named_experts,
+    nothing_matched,
+    target_problems,
+    with_chosen_rank,
+    without_match,
+)
 
 
 class FolkloraModel(BaseTuner):
@@ -58,7 +68,7 @@ class FolkloraModel(BaseTuner):
         config.fit(model)
         targets = self.targets(model, config)
         if config.needs and not _awaits_values(config):
-            _check_statistics(config, targets)
+            check_statistics(config, targets)
         place_shared(model, self._context(), adapter_name, make_shared(config, targets))
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         link_siblings(model)
@@ -79,11 +89,12 @@ class FolkloraModel(BaseTuner):
         own = config.for_module(current_key)
         waiting = _awaits_values(config)
         trainable = adapter_name in self.active_adapters and not config.inference_mode
-        own = _with_chosen_rank(config, own, target, current_key, waiting)
+        own = with_chosen_rank(config, own, target, current_key, waiting)
         if isinstance(target, FolkloraLayer):
             target.add(adapter_name, own, waiting=waiting, trainable=trainable)
         else:
-            layer = FolkloraLayer(target, current_key, self._context())
+            make = ExpertsLayer if kind_of(target, current_key) is EXPERTS else FolkloraLayer
+            layer = make(target, current_key, self._context())
             layer.set_adapter(self.active_adapters)
             layer.add(adapter_name, own, waiting=waiting, trainable=trainable)
             self._replace_module(parent, target_name, layer, target)
@@ -114,36 +125,44 @@ class FolkloraModel(BaseTuner):
         Raises:
             ValueError: No layer matches, a target cannot be adapted or options do not fit it; every problem is named.
         """
-        problems = _without_match(config, model)
+        problems = without_match(config, model)
         config = cls._prepare_adapter_config(config, cls.get_model_config(model))
         if isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
-            config.target_modules = _all_linear(config, model)
+            config.target_modules = all_linear(config, model)
         found: dict[str, nn.Module] = {}
         inside = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, FolkloraLayer))
+        experts = dict(named_experts(config, model))
         for name, module in model.named_modules():
-            if not name or (inside and name.startswith(inside)) or not check_target_module_exists(config, name):
+            if not name or (inside and name.startswith(inside)):
                 continue
-            found[name] = module.get_base_layer() if isinstance(module, FolkloraLayer) else module
-            problems += cls._problems(config, name, found[name])
-        if not found:
-            raise ValueError(_nothing_matched(config, model))
+            if name not in experts and not check_target_module_exists(config, name):
+                continue
+            found[name] = bare(module)
+            problems += target_problems(config, name, found[name])
+        if not found and not config.target_parameters:
+            raise ValueError(nothing_matched(config, model))
         if problems:
             raise ValueError("\n".join(problems))
         return found
 
-    @staticmethod
-    def _problems(config: AdapterConfig, name: str, base: nn.Module) -> list[str]:
-        try:
-            kind = kind_of(base, name)
-        except TypeError as error:
-            return [str(error)]
-        if kind.name not in config.layer_kinds:
-            kinds = ", ".join(sorted(config.layer_kinds))
-            return [f"{config.method} adapts {kinds} layers; '{name}' is a {type(base).__name__}"]
-        return config.for_module(name).check(kind.shape(base), name)
+    def _inject_parameters(
+        self, peft_config: AdapterConfig, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
+    ) -> list[str]:
+        named = dict(named_experts(peft_config, model))
+        for name, module in named.items():
+            if isinstance(module, FolkloraLayer) and adapter_name in module.folklora_updates:
+                continue  # by its module's name, with these parameters alone
+            parent, target, target_name = _get_submodules(model, name)
+            with init_empty_weights() if low_cpu_mem_usage else nullcontext():
+                self._create_and_replace(peft_config, adapter_name, target, target_name, parent, current_key=name)
+        return [
+            f"{name}.{key}" for name, module in named.items() for key in chosen_experts(bare(module), name, peft_config)
+        ]
 
     @classmethod
     def _prepare_adapter_config(cls, config: AdapterConfig, model_config: dict) -> AdapterConfig:
+        if config.target_modules is None and config.target_parameters:
+            config.target_modules = []
         if config.target_modules is None:
             known = cls.target_module_mapping.get(model_config.get("model_type"))
             if known is None:
@@ -153,6 +172,13 @@ class FolkloraModel(BaseTuner):
                 )
             config.target_modules = known if isinstance(known, str) else sorted(known)
         return config
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        if isinstance(child, ExpertsLayer):
+            # PEFT's own looks for a parameter named weight
+            setattr(parent, child_name, new_module)
+            return
+        super()._replace_module(parent, child_name, new_module, child)
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
         model = super()._unload_and_optionally_merge(*args, **kwargs)
@@ -260,21 +286,6 @@ class FolkloraModel(BaseTuner):
         return check_saved_values(model, adapter_name, renamed)
 
 
-def _with_chosen_rank(
-    config: AdapterConfig, own: AdapterConfig, target: nn.Module, name: str, waiting: bool
-) -> AdapterConfig:
-    """The options for one layer with the rank that the method reads from its weight, which `config` notes down."""
-    if waiting or type(own).chosen_rank is AdapterConfig.chosen_rank:
-        return own
-    base = target.get_base_layer() if isinstance(target, FolkloraLayer) else target
-    rank = own.chosen_rank(kind_of(base, name).matrix(base))
-    if rank is None:
-        return own
-    # anchored: PEFT matches a key against the end of a name
-    config.rank_pattern = {f"^{re.escape(name)}": rank, **config.rank_pattern}
-    return replace(own, r=rank)
-
-
 def _name_rows(module: nn.Module, args: tuple, kwargs: dict, rows: list[str]) -> tuple[tuple, dict]:
     return args, {**kwargs, "adapter_names": rows}
 
@@ -282,25 +293,6 @@ def _name_rows(module: nn.Module, args: tuple, kwargs: dict, rows: list[str]) ->
 def _awaits_values(config: AdapterConfig) -> bool:
     """Whether an adapter is made without values: saved ones follow, or there is no memory for any."""
     return config.restoring or torch.empty(0).device.type == "meta" or _on_meta()
-
-
-def _check_statistics(config: AdapterConfig, targets: dict[str, nn.Module]) -> None:
-    if config.statistics is None:
-        wanted = ", ".join(f'"{kind}"' for kind in sorted(config.needs))
-        raise ValueError(
-            f"{config.method} must know the {' and '.join(sorted(config.needs))} of each layer beforehand: pass "
-            f"config.calibrated(folklora.calibrate(model, batches, {{{wanted}}}, target_modules=config))"
-        )
-    lost = [name for name in targets if name not in config.statistics]
-    problems = [f"the statistics have no layer '{name}'" for name in lost]
-    if lost:
-        problems.append(f"layers that they have: {', '.join(config.statistics)}")
-    for name, base in targets.items():
-        if name not in lost:
-            shape = kind_of(base, name).shape(base)
-            problems += config.for_module(name).check_statistics(config.statistics[name], shape, name)
-    if problems:
-        raise ValueError("\n".join(problems))
 
 
 def _on_meta() -> bool:
@@ -316,46 +308,6 @@ def _tied_pair(model: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
     if embedding is None or head is None or getattr(embedding, "weight", None) is not getattr(head, "weight", 0):
         return None, None
     return embedding, head
-
-
-def _all_linear(config: AdapterConfig, model: nn.Module) -> list[str]:
-    chosen = set(_maybe_include_all_linear_layers(replace(config), model).target_modules)
-    try:
-        head = model.get_output_embeddings()
-    except (AttributeError, NotImplementedError):
-        head = None
-    # PEFT knows a layer that is adapted already only by a class name with "Linear" in it
-    for name, module in model.named_modules():
-        if isinstance(module, FolkloraLayer) and module is not head and module.kind in (LINEAR, TRANSPOSED):
-            chosen.add(name)
-    return sorted(chosen)
-
-
-def _without_match(config: AdapterConfig, model: nn.Module) -> list[str]:
-    if config.target_modules is None or isinstance(config.target_modules, str):
-        return []
-    names = [f".{name}" for name, _ in model.named_modules()]
-    lost = [target for target in config.target_modules if not any(name.endswith(f".{target}") for name in names)]
-    return [f"target module '{target}' matches no layer; {_candidates(model)}" for target in lost]
-
-
-def _nothing_matched(config: AdapterConfig, model: nn.Module) -> str:
-    return f"target_modules={config.target_modules!r} matches no layer of {type(model).__name__}; {_candidates(model)}"
-
-
-def _candidates(model: nn.Module) -> str:
-    names = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if _adaptable(name, module)})
-    return f"layers that can be adapted: {', '.join(names)}"
-
-
-def _adaptable(name: str, module: nn.Module) -> bool:
-    if isinstance(module, FolkloraLayer):
-        return True
-    try:
-        kind_of(module, name)
-    except TypeError:
-        return False
-    return ".base_layer" not in name and name != ""
 
 
 def register() -> None:
