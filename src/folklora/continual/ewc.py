@@ -46,21 +46,17 @@ class EWC(ContinualMethod):
 
     Equation:
         F_k = \frac{1}{N} \sum_{n=1}^{N} \left( \nabla_\theta \log p(y_n \mid x_n, \theta_k) \right)^2
-        \mathcal{L}_t = \mathcal{L}_{\text{task}}
-            + \frac{\lambda}{2} \sum_{k < t} \sum_p F_k[p] \left( \theta_p - \theta_k[p] \right)^2
+        L_t = L_{\text{task}} + \frac{\lambda}{2} \sum_{k < t} \sum_p F_k[p] \left( \theta_p - \theta_k[p] \right)^2
 
     Example:
-        import tempfile
-
         from folklora import learn
-        from folklora.continual import EWC
         from folklora.demo import model_folder
         from folklora.demo.tasks import demo_tasks
 
-        tasks = demo_tasks(train=16, test=6)[:2]
-        method = EWC(ewc_lambda=1000.0, fisher_examples=8)
-        run = learn(model_folder(), tasks, method, out=tempfile.mkdtemp(), options={"r": 4, "batch_size": 4})
-        print(run.results["methods"]["ewc"]["backward_transfer"])
+        tasks = demo_tasks(train=12, test=6)[:2]
+        options = {"r": 4, "target_modules": ["q_proj", "v_proj"], "ewc_lambda": 1000.0, "fisher_examples": 8}
+        run = learn(model_folder(), tasks, method="ewc", out="runs/ewc", options=options)
+        print(run.results["methods"]["ewc"]["average_accuracy"])
 
     Args:
         adapter: The adapter; LoRA by default.

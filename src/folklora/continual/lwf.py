@@ -43,21 +43,18 @@ class LwF(ContinualMethod):
         old tasks (topics after opinions), it hardly helps; then prefer O-LoRA, EWC or a small replay.
 
     Equation:
-        \mathcal{L}_t = \mathcal{L}_{\text{task}} + w \, \tau^2 \,
-            \mathrm{KL}\left( \mathrm{softmax}(z_{t-1} / \tau) \,\Vert\, \mathrm{softmax}(z / \tau) \right)
+        p_\theta = \mathrm{softmax}(z_\theta / \tau)
+        L_t = L_{\text{task}} + w \tau^2 \, \mathrm{KL}(p_{\theta_{t-1}} \,\Vert\, p_\theta)
 
     Example:
-        import tempfile
-
         from folklora import learn
-        from folklora.continual import LwF
         from folklora.demo import model_folder
         from folklora.demo.tasks import demo_tasks
 
-        tasks = demo_tasks(train=16, test=6)[:2]
-        method = LwF(distillation_weight=2.0)
-        run = learn(model_folder(), tasks, method, out=tempfile.mkdtemp(), options={"r": 4, "batch_size": 4})
-        print(run.results["methods"]["lwf"]["backward_transfer"])
+        tasks = demo_tasks(train=12, test=6)[:2]
+        options = {"r": 4, "target_modules": ["q_proj", "v_proj"], "distillation_weight": 2.0}
+        run = learn(model_folder(), tasks, method="lwf", out="runs/lwf", options=options)
+        print(run.results["methods"]["lwf"]["average_accuracy"])
 
     Args:
         adapter: The adapter; LoRA by default.

@@ -50,22 +50,18 @@ class OLoRA(IncLoRA):
 
     Equation:
         W_t = W_0 + s \sum_{i \le t} B_i A_i
-        \mathcal{L}_t = \mathcal{L}_{\text{task}}
-            + \lambda_1 \sum_{\text{layers}} \sum_{i < t} \lVert A_i A_t^\top \rVert_{1,1}
-            + \lambda_2 \sum_{\text{layers}} \left( \lVert A_t \rVert_F + \lVert B_t \rVert_F \right)
+        L_t = L_{\text{task}} + \lambda_1 \sum_{i < t} \lVert A_i A_t^\top \rVert_{1,1} + \lambda_2 R_t
+        R_t = \lVert A_t \rVert_F + \lVert B_t \rVert_F
 
     Example:
-        import tempfile
-
         from folklora import learn
-        from folklora.continual import OLoRA
         from folklora.demo import model_folder
         from folklora.demo.tasks import demo_tasks
 
-        tasks = demo_tasks(train=16, test=6)[:2]
-        method = OLoRA(lambda_1=0.1)
-        run = learn(model_folder(), tasks, method, out=tempfile.mkdtemp(), options={"r": 4, "batch_size": 4})
-        print(run.results["methods"]["o-lora"]["backward_transfer"])
+        tasks = demo_tasks(train=12, test=6)[:2]
+        options = {"r": 4, "target_modules": ["q_proj", "v_proj"], "lambda_1": 0.1}
+        run = learn(model_folder(), tasks, method="o-lora", out="runs/o-lora", options=options)
+        print(run.results["methods"]["o-lora"]["average_accuracy"])
 
     Args:
         adapter: The adapter of each task; one whose update trains an A [r, in], as LoRA does.
