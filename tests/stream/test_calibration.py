@@ -17,7 +17,8 @@ from folklora.adapters.host.layer import updates_of
 from folklora.continual import SeqLoRA
 from folklora.stream.calibration import calibrated
 from folklora.stream.tasks import Example, Task
-from folklora.stream.train import TrainSettings, encode
+from folklora.stream.tokens import encode
+from folklora.stream.train import TrainSettings
 
 QUICK = {"r": 2, "learning_rate": 0.01, "batch_size": 8, "max_length": 48, "epochs": 1, "calibration_examples": 10}
 

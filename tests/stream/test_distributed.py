@@ -17,7 +17,7 @@ from folklora.stream.run import Run
 
 # 24 examples in batches of 8: every batch is full, and halves for two processes
 SETTINGS = {"r": 2, "dropout": 0.0, "learning_rate": 0.01, "batch_size": 8, "max_length": 48, "epochs": 1}
-METHODS = ["seq-lora", "am-lora"]
+METHODS = ["seq-lora", "am-lora", "lwf"]
 LABELS = {"xx": (" yes", " no"), "yy": (" no", " yes")}
 
 # stops in every process after the first row, then goes on; one start of Python and torch for both

@@ -20,8 +20,8 @@ class ContinualMethod:
     """A way of learning a stream of tasks over any adapter method.
 
     The stream calls, for each task: `prepare`, training on `examples` with `penalty` in the loss, `finish`; and
-    `route` before each evaluation. A method overrides what it does differently; the base class trains one adapter on
-    and on.
+    `route` before each evaluation. Where `reads_logits`, `logits_penalty` is in the loss as well. A method overrides
+    what it does differently; the base class trains one adapter on and on.
 
     Args:
         adapter: Options of the adapter that is trained, any `peft.PeftConfig`.
@@ -36,6 +36,8 @@ class ContinualMethod:
     """Whether `route` uses the task's identity, which the other methods do not see."""
     joint: ClassVar[bool] = False
     """Whether all tasks are learnt in one stage."""
+    max_length: ClassVar[int] = 512
+    """Tokens of prompt and answer together that training reads; the stream sets it to that of its settings."""
 
     def start(self, model: PreTrainedModel, adapter_name: str = "default") -> PeftModel:
         """Put the first adapter on the base model."""
@@ -61,6 +63,24 @@ class ContinualMethod:
     def penalty(self, model: PeftModel) -> Tensor | None:
         """What is added to the loss of every micro-batch beside the adapters' own penalties."""
         return None
+
+    @property
+    def reads_logits(self) -> bool:
+        """Whether there is a `logits_penalty` at present; only then does training hold the logits."""
+        return False
+
+    def logits_penalty(self, model: PeftModel, inputs: dict[str, Tensor], logits: Tensor) -> Tensor:
+        """What is added to the loss of a micro-batch because of what the model answers in it.
+
+        Args:
+            model: It has just answered; it may be run again.
+            inputs: What it was called with, and labels; -100 is the label of a position that is not learnt.
+            logits: Its answer, [rows, positions, vocabulary].
+
+        Returns:
+            A mean over the positions that are learnt.
+        """
+        raise NotImplementedError
 
     def finish(
         self, model: PeftModel, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[Task], index: int

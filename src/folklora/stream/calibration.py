@@ -14,7 +14,8 @@ from folklora.adapters.base import AdapterConfig
 from folklora.adapters.calibrate import calibrate
 from folklora.continual.base import ContinualMethod
 from folklora.stream.tasks import Task
-from folklora.stream.train import TrainSettings, encode
+from folklora.stream.tokens import encode
+from folklora.stream.train import TrainSettings
 
 
 def calibrated(

@@ -36,8 +36,8 @@ from folklora.stream.options import build_method, describe, split_options
 from folklora.stream.report import write_report
 from folklora.stream.run import Run, create_run
 from folklora.stream.tasks import Example, Task, hold_out, load_tasks
-from folklora.stream.tokens import label_tokens
-from folklora.stream.train import TrainSettings, encode, train_task
+from folklora.stream.tokens import encode, label_tokens
+from folklora.stream.train import TrainSettings, train_task
 
 Progress = Callable[..., None]
 METRICS = ("auto", "rank", "exact")
@@ -138,6 +138,7 @@ class _Lesson:
         self.course, self.method, self.base = course, method, base
         self.stages = 1 if method.joint else len(course.tasks)
         self.states = course.run.states(method.method)
+        method.max_length = course.settings.max_length
 
     def learn(self) -> dict[str, Any]:
         """Learn what is not learnt yet; the method's entry of results.json."""
@@ -195,7 +196,7 @@ class _Lesson:
             "start": start,
             "losses": losses,
             "trainable_parameters": trainable,
-            "stored_parameters": stored_parameters(model),
+            "stored_parameters": stored_parameters(model) + sum(value.numel() for value in carried.values()),
             "train_seconds": round(trained, 3),
             "seconds": round(time.perf_counter() - began, 3),
             "attention": self.method.observe(model, course.tokenizer, course.tasks) if last else None,

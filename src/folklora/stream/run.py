@@ -102,7 +102,7 @@ class Run:
     ) -> None:
         """Record a finished stage: adapters, carried tensors and figures, all or nothing.
 
-        The adapters of the stage before are removed once these are in place.
+        The adapters and carried tensors of the stage before are removed once these are in place.
 
         Raises:
             RunError: It cannot be written, for instance on a full disk; the stage before is still whole.
@@ -128,7 +128,9 @@ class Run:
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
             if count > 1:
-                shutil.rmtree(self.state_folder(method, count - 1) / "adapters", ignore_errors=True)
+                before = self.state_folder(method, count - 1)
+                shutil.rmtree(before / "adapters", ignore_errors=True)
+                (before / "carried.safetensors").unlink(missing_ok=True)
         PartialState().wait_for_everyone()
 
     def load_adapters(self, method: str, model: PreTrainedModel) -> tuple[PeftModel, dict[str, Tensor]]:

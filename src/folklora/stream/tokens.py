@@ -1,4 +1,4 @@
-"""Token ids of prompts and labels, the same for training and for scoring."""
+"""Token ids of prompts, labels and whole examples, the same for training and for scoring."""
 
 from __future__ import annotations
 
@@ -6,6 +6,11 @@ import itertools
 from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
+
+from folklora.stream.tasks import Example
+
+IGNORED = -100
+"""The label of a position that is not learnt."""
 
 
 def label_tokens(tokenizer: PreTrainedTokenizerBase, labels: Sequence[str]) -> list[list[int]]:
@@ -58,6 +63,37 @@ def prompt_tokens(
     if not all(tokens):
         raise ValueError(f"prompt {tokens.index([])} ({prompts[tokens.index([])]!r}) has no tokens")
     return tokens
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase, example: Example, max_length: int, encoder_decoder: bool = False
+) -> dict[str, list[int]]:
+    """Token ids of one example; the prompt gives way at its start where both do not fit.
+
+    Args:
+        tokenizer: The model's.
+        example: Prompt and answer.
+        max_length: Tokens in all (of each side for encoder-decoder models).
+        encoder_decoder: Whether prompt and answer go to different sides.
+
+    Returns:
+        input_ids and labels; for causal models the prompt's labels are -100.
+
+    Raises:
+        ValueError: The answer alone fills the length.
+    """
+    answer = list(tokenizer(example.completion, add_special_tokens=False)["input_ids"])
+    if tokenizer.eos_token_id is not None:
+        answer.append(tokenizer.eos_token_id)
+    room = max_length if encoder_decoder else max_length - len(answer)
+    if room < 1 or len(answer) > max_length:
+        raise ValueError(
+            f"an answer of {len(answer)} tokens leaves no room for its prompt within max_length={max_length}"
+        )
+    (prompt,) = prompt_tokens(tokenizer, [example.prompt], room, encoder_decoder=encoder_decoder)
+    if encoder_decoder:
+        return {"input_ids": prompt, "labels": answer}
+    return {"input_ids": prompt + answer, "labels": [IGNORED] * len(prompt) + answer}
 
 
 def _surroundings(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[int]]:

@@ -12,21 +12,19 @@ import torch
 import transformers
 from accelerate import PartialState
 from peft import PeftModel
-from torch import Tensor
 from transformers import (
     DataCollatorForSeq2Seq,
     PreTrainedTokenizerBase,
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
+    Trainer,
     TrainerCallback,
 )
 
 from folklora.adapters.host.steps import activation_penalty
 from folklora.continual.base import ContinualMethod
 from folklora.stream.tasks import Example
-from folklora.stream.tokens import prompt_tokens
-
-IGNORED = -100
+from folklora.stream.tokens import IGNORED, encode
 
 
 @dataclass(frozen=True)
@@ -111,7 +109,7 @@ def train_task(
     Args:
         model: With its adapters in place.
         tokenizer: Its tokenizer.
-        method: Gives the penalty that is added to the loss.
+        method: Gives what is added to the loss.
         examples: What to learn.
         settings: How.
         seed: Of the order of examples, dropout and whatever else is drawn.
@@ -126,7 +124,7 @@ def train_task(
     watch = _Watch(on_step)
     arguments = _arguments(settings, seed, folder, len(rows))
     build = _seq2seq_trainer if encoder_decoder else _causal_trainer
-    trainer = build(model, tokenizer, rows, arguments, [watch], method.penalty)
+    trainer = build(model, tokenizer, rows, arguments, [watch], method)
     # transformers and TRL print a line for every trainer; a stream makes one for each task
     level = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
@@ -140,37 +138,6 @@ def train_task(
         inner.__dict__.pop("forward", None)
         model.zero_grad(set_to_none=True)
     return watch.losses
-
-
-def encode(
-    tokenizer: PreTrainedTokenizerBase, example: Example, max_length: int, encoder_decoder: bool = False
-) -> dict[str, list[int]]:
-    """Token ids of one example; the prompt gives way at its start where both do not fit.
-
-    Args:
-        tokenizer: The model's.
-        example: Prompt and answer.
-        max_length: Tokens in all (of each side for encoder-decoder models).
-        encoder_decoder: Whether prompt and answer go to different sides.
-
-    Returns:
-        input_ids and labels; for causal models the prompt's labels are -100.
-
-    Raises:
-        ValueError: The answer alone fills the length.
-    """
-    answer = list(tokenizer(example.completion, add_special_tokens=False)["input_ids"])
-    if tokenizer.eos_token_id is not None:
-        answer.append(tokenizer.eos_token_id)
-    room = max_length if encoder_decoder else max_length - len(answer)
-    if room < 1 or len(answer) > max_length:
-        raise ValueError(
-            f"an answer of {len(answer)} tokens leaves no room for its prompt within max_length={max_length}"
-        )
-    (prompt,) = prompt_tokens(tokenizer, [example.prompt], room, encoder_decoder=encoder_decoder)
-    if encoder_decoder:
-        return {"input_ids": prompt, "labels": answer}
-    return {"input_ids": prompt + answer, "labels": [IGNORED] * len(prompt) + answer}
 
 
 def _arguments(settings: TrainSettings, seed: int, folder: str | Path, count: int) -> dict[str, Any]:
@@ -216,14 +183,25 @@ class _Watch(TrainerCallback):
             self.losses.append({"step": state.global_step, "loss": round(float(logs["loss"]), 6)})
 
 
-def _with_penalties(trainer_class: type, penalty: Callable[[Any], Tensor | None]) -> type:
+def _with_penalties(trainer_class: type, method: ContinualMethod) -> type:
     class WithPenalties(trainer_class):
         def compute_loss(
             self, model: Any, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None
         ) -> Any:
-            labels = inputs["labels"]
-            loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
-            parts = [part for part in (activation_penalty(model), penalty(model)) if part is not None]
+            labels, inner = inputs["labels"], self.accelerator.unwrap_model(model)
+            logits = None
+            if method.reads_logits:
+                # TRL's own computes the loss without ever holding the logits
+                whole = {**inputs, "use_cache": False}
+                loss, outputs = Trainer.compute_loss(self, model, whole, True, num_items_in_batch)
+                logits = outputs.logits
+            else:
+                loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+            # what the updates noted in this pass comes first: a method may run the model again
+            parts = [activation_penalty(model), method.penalty(inner)]
+            if logits is not None:
+                parts.append(method.logits_penalty(inner, inputs, logits))
+            parts = [part for part in parts if part is not None]
             if not parts:
                 return loss
             # the trainer sums micro-batches whose loss is over their share of the step's tokens
@@ -241,7 +219,7 @@ def _causal_trainer(
     rows: list[dict],
     arguments: dict,
     callbacks: list,
-    penalty: Any,
+    method: ContinualMethod,
 ) -> Any:
     try:
         from datasets import Dataset
@@ -249,7 +227,7 @@ def _causal_trainer(
     except ImportError as error:
         raise ImportError(f"training needs TRL and datasets: pip install 'folklora[train]' ({error})") from error
     config = SFTConfig(**arguments, max_length=None, dataset_kwargs={"skip_prepare_dataset": True})
-    trainer_class = _with_penalties(SFTTrainer, penalty)
+    trainer_class = _with_penalties(SFTTrainer, method)
     data = Dataset.from_list(rows)
     return _quiet(
         trainer_class(model=model, args=config, train_dataset=data, processing_class=tokenizer, callbacks=callbacks)
@@ -262,10 +240,10 @@ def _seq2seq_trainer(
     rows: list[dict],
     arguments: dict,
     callbacks: list,
-    penalty: Any,
+    method: ContinualMethod,
 ) -> Any:
     collator = DataCollatorForSeq2Seq(tokenizer, model=model.get_base_model(), label_pad_token_id=IGNORED)
-    trainer_class = _with_penalties(Seq2SeqTrainer, penalty)
+    trainer_class = _with_penalties(Seq2SeqTrainer, method)
     return _quiet(
         trainer_class(
             model=model,

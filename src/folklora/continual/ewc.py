@@ -1,0 +1,178 @@
+"""EWC: one adapter, each of whose parameters is held to its old value by its importance for the old tasks."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from folklora.continual.answers import at_answers
+from folklora.continual.base import ContinualMethod
+from folklora.stream.tasks import Example, Task
+from folklora.stream.tokens import encode
+
+
+@dataclass
+class EWC(ContinualMethod):
+    r"""Elastic weight consolidation: a quadratic pull towards the old values, weighted by the Fisher information.
+
+    One adapter is trained on and on, as in SeqLoRA. After task k, with its parameters at θ_k, the diagonal of the
+    empirical Fisher information is taken over N of its training examples, one at a time:
+        F_k[p] = (1/N) Σ_n (∂ log p(y_n | x_n) / ∂θ_p)²        log p(y | x): the sum over the answer's tokens
+    in float32 and in evaluation mode. The loss of task t is
+        L_task + (λ/2) Σ_{k < t} Σ_p F_k[p] (θ_p - θ_k[p])²
+    The sum of quadratics is itself one quadratic, up to a constant that has no gradient: with F = Σ_k F_k and
+    θ̄ = Σ_k F_k θ_k / F it is (λ/2) Σ_p F[p] (θ_p - θ̄[p])². So two numbers a trained parameter are carried, however
+    many tasks there were, and the loss shown leaves out the constant. `online` is the other common form: the anchor
+    is the last θ_k and the Fisher decays, F ← γ F + F_k. λ = 0 is SeqLoRA. The first task has no penalty, and its
+    adapter may start at zero gradient (B = 0): importance is measured after a task, where it no longer is.
+
+    The paper's Fisher is an expectation over the model's own answers; the empirical one takes the given answers, as
+    most implementations do. The paper consolidates a whole network, this the adapter. The default λ is the one of a
+    small experiment; from 10² to 10⁶ are in use, since it depends on the Fisher's scale.
+
+    Source: Kirkpatrick et al., "Overcoming catastrophic forgetting in neural networks", PNAS 2017, arXiv 1612.00796.
+
+    When to choose:
+        Nothing may grow with the tasks and no examples may be kept. A large λ stops forgetting by stopping learning,
+        so look at the learning accuracy too. O-LoRA and a small replay usually keep more.
+
+    Equation:
+        F_k = \frac{1}{N} \sum_{n=1}^{N} \left( \nabla_\theta \log p(y_n \mid x_n, \theta_k) \right)^2
+        L_t = L_{\text{task}} + \frac{\lambda}{2} \sum_{k < t} \sum_p F_k[p] \left( \theta_p - \theta_k[p] \right)^2
+
+    Example:
+        from folklora import learn
+        from folklora.demo import model_folder
+        from folklora.demo.tasks import demo_tasks
+
+        tasks = demo_tasks(train=12, test=6)[:2]
+        options = {"r": 4, "target_modules": ["q_proj", "v_proj"], "ewc_lambda": 1000.0, "fisher_examples": 8}
+        run = learn(model_folder(), tasks, method="ewc", out="runs/ewc", options=options)
+        print(run.results["methods"]["ewc"]["average_accuracy"])
+
+    Args:
+        adapter: The adapter; LoRA by default.
+        ewc_lambda: λ.
+        fisher_examples: N, at most the number of training examples; drawn by the task's name.
+        online: Anchor at the last task's values alone, and let the Fisher decay.
+        fisher_decay: γ of `online`, from 0 to 1.
+    """
+
+    ewc_lambda: float = 100.0
+    fisher_examples: int = 200
+    online: bool = False
+    fisher_decay: float = 1.0
+
+    method: ClassVar[str] = "ewc"
+    paper: ClassVar[str] = "Kirkpatrick et al. 2017, arXiv 1612.00796"
+    trains: ClassVar[str] = "one adapter, held to its old values"
+
+    def __post_init__(self) -> None:
+        if self.ewc_lambda < 0:
+            raise ValueError(f"ewc_lambda must be at least 0, not {self.ewc_lambda}")
+        if self.fisher_examples < 1:
+            raise ValueError(f"fisher_examples must be at least 1, not {self.fisher_examples}")
+        if not 0 <= self.fisher_decay <= 1:
+            raise ValueError(f"fisher_decay must lie between 0 and 1, not {self.fisher_decay}")
+        if self.fisher_decay != 1 and not self.online:
+            raise ValueError("fisher_decay is that of the online form; set online=true too")
+        self._fisher: dict[str, Tensor] = {}
+        self._anchor: dict[str, Tensor] = {}
+        self._held: list[tuple[nn.Parameter, Tensor, Tensor]] = []
+
+    def prepare(self, model: PeftModel, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[Task], index: int) -> None:
+        """Find once which parameter each importance and anchor belongs to."""
+        self._held = [
+            (parameter, self._fisher[name].to(parameter.device), self._anchor[name].to(parameter.device))
+            for name, parameter in _trained(model)
+            if name in self._fisher
+        ]
+
+    def penalty(self, model: PeftModel) -> Tensor | None:
+        """(λ/2) Σ F (θ - anchor)²; None where no task was learnt yet."""
+        if not self._held or self.ewc_lambda == 0:
+            return None
+        parts = [(fisher * (parameter - anchor).square()).sum() for parameter, fisher, anchor in self._held]
+        return self.ewc_lambda / 2 * torch.stack([part.to(parts[0].device) for part in parts]).sum()
+
+    def finish(
+        self, model: PeftModel, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[Task], index: int
+    ) -> dict[str, Tensor]:
+        """Take the task's Fisher information into what is carried on: one importance and one anchor a parameter."""
+        task = tasks[index]
+        count = min(self.fisher_examples, len(task.train))
+        drawn = random.Random(f"fisher:{task.name}").sample(task.train, count)
+        found = empirical_fisher(model, tokenizer, drawn, self.max_length)
+        for name, parameter in _trained(model):
+            self._consolidate(name, found[name], parameter.detach().float().clone())
+        return {
+            **{f"fisher.{name}": value for name, value in self._fisher.items()},
+            **{f"anchor.{name}": value for name, value in self._anchor.items()},
+        }
+
+    def resume(self, model: PeftModel, index: int, carried: dict[str, Tensor]) -> None:
+        """Take up what `finish` gave."""
+        self._fisher = {k.removeprefix("fisher."): v for k, v in carried.items() if k.startswith("fisher.")}
+        self._anchor = {k.removeprefix("anchor."): v for k, v in carried.items() if k.startswith("anchor.")}
+
+    def _consolidate(self, name: str, fisher: Tensor, value: Tensor) -> None:
+        """Add fisher (θ - value)² to the quadratic that is carried on for one parameter."""
+        if name not in self._fisher:
+            self._fisher[name], self._anchor[name] = fisher, value
+            return
+        before, anchor = self._fisher[name].to(fisher), self._anchor[name].to(value)
+        total = self.fisher_decay * before + fisher
+        if not self.online:
+            # where both are 0 the anchor has no meaning
+            value = anchor + torch.where(total > 0, fisher / total, 0) * (value - anchor)
+        self._fisher[name], self._anchor[name] = total, value
+
+
+def empirical_fisher(
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], max_length: int
+) -> dict[str, Tensor]:
+    """The mean over examples of the squared gradient of each one's log-likelihood, by trained parameter, float32.
+
+    Args:
+        model: With its adapters; it runs in evaluation mode, and its own mode is restored.
+        tokenizer: Its tokenizer.
+        examples: At least one; each makes a gradient of its own, since the square of a mean is not the mean of squares.
+        max_length: As in training.
+    """
+    named = dict(_trained(model))
+    parameters = list(named.values())
+    sums = [torch.zeros_like(parameter, dtype=torch.float32) for parameter in parameters]
+    training = model.training
+    model.eval()
+    try:
+        for example in examples:
+            gradients = torch.autograd.grad(
+                _surprise(model, tokenizer, example, max_length), parameters, allow_unused=True
+            )
+            for total, gradient in zip(sums, gradients, strict=True):
+                if gradient is not None:
+                    total += gradient.float().square()
+    finally:
+        model.train(training)
+    return {name: total / len(examples) for name, total in zip(named, sums, strict=True)}
+
+
+def _surprise(model: PeftModel, tokenizer: PreTrainedTokenizerBase, example: Example, max_length: int) -> Tensor:
+    """-log p(answer | prompt), summed over the answer's tokens."""
+    two_sided = bool(model.config.is_encoder_decoder)
+    row = encode(tokenizer, example, max_length, two_sided)
+    batch = {key: torch.tensor([values], device=model.device) for key, values in row.items()}
+    logits, answer = at_answers(model(**batch).logits, batch["labels"], encoder_decoder=two_sided)
+    return F.cross_entropy(logits, answer, reduction="sum")
+
+
+def _trained(model: PeftModel) -> Iterator[tuple[str, nn.Parameter]]:
+    return ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
