@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from peft import PeftConfig
 from peft.mapping import (
     PEFT_TYPE_TO_CONFIG_MAPPING,
     PEFT_TYPE_TO_PREFIX_MAPPING,
@@ -95,7 +96,7 @@ class FolkloraModel(BaseTuner):
         Raises:
             ValueError: No layer matches, a target cannot be adapted or options do not fit it; every problem is named.
         """
-        problems = _without_match(config, model)
+        problems = targets_without_match(config, model)
         config = cls._prepare_adapter_config(config, cls.get_model_config(model))
         if isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
             config.target_modules = _all_linear(config, model)
@@ -336,15 +337,20 @@ def _all_linear(config: AdapterConfig, model: nn.Module) -> list[str]:
     return sorted(chosen)
 
 
-def _without_match(config: AdapterConfig, model: nn.Module) -> list[str]:
-    if config.target_modules is None or isinstance(config.target_modules, str):
+def targets_without_match(config: PeftConfig, model: nn.Module) -> list[str]:
+    """What is wrong with the names in a configuration's `target_modules`, with the layers that there are."""
+    targets = config.target_modules
+    if targets is None or (isinstance(targets, str) and targets.lower() == "all-linear"):
         return []
+    if isinstance(targets, str):
+        found = any(re.fullmatch(targets, name) for name, _ in model.named_modules())
+        return [] if found else [_nothing_matched(config, model)]
     names = [f".{name}" for name, _ in model.named_modules()]
-    lost = [target for target in config.target_modules if not any(name.endswith(f".{target}") for name in names)]
+    lost = [target for target in targets if not any(name.endswith(f".{target}") for name in names)]
     return [f"target module '{target}' matches no layer; {_candidates(model)}" for target in lost]
 
 
-def _nothing_matched(config: AdapterConfig, model: nn.Module) -> str:
+def _nothing_matched(config: PeftConfig, model: nn.Module) -> str:
     return f"target_modules={config.target_modules!r} matches no layer of {type(model).__name__}; {_candidates(model)}"
 
 
