@@ -18,6 +18,7 @@ from peft import PeftModel, get_peft_model
 
 from folklora import LoRA, learn
 from folklora.continual import IncLoRA, PerTask, SeqLoRA
+from folklora.stream.compare import compare_runs
 from folklora.stream.evaluate import evaluate
 from folklora.stream.options import build_method, describe
 from folklora.stream.peft_types import check_trainable, peft_config_class
@@ -117,6 +118,19 @@ def test_an_object_is_an_adapter_option_and_options_change_it():
     written = describe(SeqLoRA(adapter=peft.LoraConfig(target_modules={"b", "a"})))
     assert (written["adapter"], written["target_modules"]) == ("peft:lora", ["a", "b"])
     assert describe(SeqLoRA())["adapter"] == "lora"
+
+
+def test_compare_tells_adapters_apart_by_what_they_share(tiny_llama, tiny_tokenizer, tmp_path):
+    adapters = {"ours": "lora", "dora": "peft:lora", "plain": "peft:lora"}
+    for name, adapter in adapters.items():
+        options = {**QUICK, "adapter": adapter, "r": 2, **({"use_dora": True} if name == "dora" else {})}
+        learn(tiny_llama(1), TASKS[:1], "seq-lora", out=tmp_path / name, options=options, tokenizer=tiny_tokenizer)
+    rows = compare_runs([tmp_path / name for name in adapters], tmp_path / "compared")
+    assert [row["settings"]["adapter"] for row in rows] == list(adapters.values())
+    page = (tmp_path / "compared" / "compare.html").read_text()
+    for note in ("adapter=&quot;lora&quot;", "adapter=&quot;peft:lora&quot;, use_dora=true", "use_dora=false"):
+        assert note in page
+    assert "init_lora_weights" not in page, "what one adapter alone has tells it from no other"
 
 
 def test_a_killed_run_of_the_command_line_resumes_to_the_same_results(model_folder, tmp_path):
