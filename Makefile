@@ -1,20 +1,30 @@
-# `make demo` teaches a small model five tasks; `make test` runs the whole suite. Both set up .venv first.
+# `make demo` teaches a small model five tasks, `make test` runs the whole suite, `make docs` builds the pages in site/.
+# Each sets up .venv first. `make floor` runs the suite in .venv-floor, with the lowest versions of transformers and
+# peft that are allowed.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test lint install clean
+.PHONY: demo test docs floor lint install clean
 
 install: $(STAMP)
 
-$(STAMP): pyproject.toml constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+# sets up the virtual environment that the target's stamp lies in, with the constraints that it depends on
+define environment
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --upgrade pip
+	$(@D)/bin/python -m pip install --quiet --constraint $(lastword $^) torch
+	$(@D)/bin/python -m pip install --quiet --constraint $(lastword $^) --editable '.[dev]'
 	touch $@
+endef
+
+$(STAMP): pyproject.toml constraints.txt
+	$(environment)
+
+.venv-floor/.installed: pyproject.toml constraints-floor.txt
+	$(environment)
 
 demo: install
 	$(BIN)/folklora learn --demo --out runs/demo --overwrite
@@ -22,9 +32,15 @@ demo: install
 test: install
 	$(BIN)/python -m pytest
 
+floor: .venv-floor/.installed
+	.venv-floor/bin/python -m pytest
+
+docs: install
+	$(BIN)/mkdocs build --strict
+
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
 clean:
-	rm -rf $(VENV) runs build dist
+	rm -rf $(VENV) .venv-floor runs build dist site

@@ -56,6 +56,7 @@ COLUMNS = {
     "from PEFT's": ("gradient_from_peft", ".1e"),
     "start, s": ("start_seconds", ".1f"),
 }
+SHOWN = ("ratio", "step_ms", "with_adamw_ms", "base_ms", "activation_gib")
 
 
 @dataclass
@@ -273,7 +274,8 @@ def measure(bench: Bench, contender: Contender) -> dict[str, Any]:
         # time on a GPU is dear: what one contender does wrong must not cost the other rows
         row["failed"] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
         bench.problems.append(f"{contender.name}: {row['failed']}")
-    print(f"{contender.name}: {row.get('failed') or format(row['ratio'], '.3f')}", flush=True)
+    shown = row.get("failed") or " ".join(f"{key} {row[key]:.4g}" for key in SHOWN if key in row)
+    print(f"{contender.name}: {shown}", flush=True)
     return row
 
 
@@ -335,6 +337,7 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--init-blocks", type=int, help="blocks whose weights are decomposed (all; 2 for 8b)")
     parser.add_argument("--compile", action="store_true", help="add compiled variants")
     parser.add_argument("--only", nargs="+", help="measure the rows whose names begin so, not all")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no new row after so many")
     parser.add_argument("--out", help="write the figures here, as JSON")
     options = parser.parse_args()
     cuda, large = options.device == "cuda", options.shape == "8b"
@@ -354,7 +357,8 @@ def main() -> int:
     wanted = contenders(options.rank, options.dtype != "float32", options.compile)
     if options.only:
         wanted = [one for one in wanted if one.name.startswith(tuple(options.only))]
-    rows = [measure(bench, one) for one in wanted]
+    deadline = now() + 60 * options.minutes
+    rows = [measure(bench, one) for one in wanted if now() < deadline]
     rows.insert(0, base_row(bench, first, rows))
     processor = f"CPU {platform.machine()}, {torch.get_num_threads()} threads"
     about = vars(options) | {

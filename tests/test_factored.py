@@ -393,7 +393,7 @@ def test_truncation_to_no_rank_is_refused(rank: int):
         make()[3].truncate(rank)
 
 
-@pytest.mark.parametrize("call", [Factors.dense, Factors.to_lora, lambda f: f.truncate(1)])
+@pytest.mark.parametrize("call", [Factors.dense, Factors.to_lora, Factors.compact, lambda f: f.truncate(1)])
 def test_a_gated_update_has_no_fixed_matrix(call):
     with pytest.raises(ValueError, match=r"depends on the input \(shape \(2, 3, 5\)\)"):
         call(make("gate")[3])

@@ -4,28 +4,39 @@ import importlib
 from typing import Any
 
 from folklora.adapters import (
+    KIND,
     SALT,
     SORSA,
     AdapterConfig,
     AMLoRA,
+    CoDyRA,
     CorDA,
+    DiffoRA,
+    GenerativeAdapter,
     KaSA,
     LoRA,
     LoRASB,
     LoRAXS,
     PiSSA,
+    RandLoRA,
+    SMoRA,
     SoMA,
     SVFit,
     Update,
+    VLAdapter,
 )
 from folklora.adapters.am_lora import add_task
 from folklora.adapters.calibrate import calibrate
+from folklora.adapters.contexts import Written, applied, write
 from folklora.adapters.host import steps as _steps
 from folklora.adapters.host import tuner as _tuner
+from folklora.adapters.host.call import classes
 from folklora.adapters.host.export import export_lora
 from folklora.adapters.host.steps import activation_penalty, penalty
 from folklora.adapters.schedules import anneal_weight_decay, cosine_weight_decay, early_blocks
 from folklora.adapters.statistics import Statistics
+from folklora.adapters.vision import VisionLanguageModel
+from folklora.adapters.vl_adapter import use_task
 from folklora.factored import Factors, concatenate, factored_linear
 from folklora.methods import methods
 
@@ -46,30 +57,41 @@ _tuner.register()
 _steps.register()
 
 __all__ = [
+    "KIND",
     "SALT",
     "SORSA",
     "AMLoRA",
     "AdapterConfig",
+    "CoDyRA",
     "CorDA",
+    "DiffoRA",
     "Example",
     "Factors",
+    "GenerativeAdapter",
     "KaSA",
     "LoRA",
     "LoRASB",
     "LoRAXS",
     "PiSSA",
+    "RandLoRA",
     "Run",
+    "SMoRA",
     "SVFit",
     "SoMA",
     "Statistics",
     "Task",
     "TrainSettings",
     "Update",
+    "VLAdapter",
+    "VisionLanguageModel",
+    "Written",
     "activation_penalty",
     "add_task",
     "anneal_weight_decay",
+    "applied",
     "calibrate",
     "check_method",
+    "classes",
     "concatenate",
     "cosine_weight_decay",
     "early_blocks",
@@ -79,4 +101,6 @@ __all__ = [
     "load_task",
     "methods",
     "penalty",
+    "use_task",
+    "write",
 ]

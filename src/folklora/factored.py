@@ -62,7 +62,8 @@ class Factors:
             ValueError: s depends on the input, so that no single ΔW exists.
         """
         self._refuse_gate("dense form")
-        return (self.B * self.s) @ self.A
+        precise = torch.promote_types(self.A.dtype, self.B.dtype)
+        return (self.B * self.s).to(precise) @ self.A.to(precise)
 
     def to_lora(self) -> tuple[Tensor, Tensor]:
         """The same update as a plain LoRA pair (A [r, in], B [out, r]) with scaling 1: s is folded into B.
@@ -72,6 +73,27 @@ class Factors:
         """
         self._refuse_gate("plain LoRA form")
         return self.A, self.B * self.s
+
+    def compact(self) -> Factors:
+        """The same update in as few terms as its form shows: none whose s is 0, and at most min(out, in).
+
+        Above min(out, in) terms, one factor is ΔW itself and the other the identity; nothing is decomposed.
+
+        Raises:
+            ValueError: s depends on the input.
+        """
+        self._refuse_gate("compact form")
+        used = self
+        if isinstance(self.s, Tensor) and not self.s.all():
+            keep = self.s.nonzero().flatten()
+            used = Factors(self.A[keep], self.s[keep], self.B[:, keep])
+        out, columns = self.B.shape[0], self.A.shape[1]
+        if used.rank <= min(out, columns):
+            return used
+        whole = used.dense()
+        if columns <= out:
+            return Factors(torch.eye(columns).to(whole), 1.0, whole)
+        return Factors(whole, 1.0, torch.eye(out).to(whole))
 
     def truncate(self, rank: int) -> Factors:
         """The best approximation of ΔW of a lower rank, without building ΔW.
@@ -112,15 +134,15 @@ def concatenate(parts: Sequence[Factors]) -> Factors:
     """
     if len(parts) == 1:
         return parts[0]
+    A, B = torch.cat([part.A for part in parts]), torch.cat([part.B for part in parts], dim=1)
+    numbers = {part.s for part in parts if not isinstance(part.s, Tensor)}
+    if len(numbers) == 1 and not any(isinstance(part.s, Tensor) for part in parts):
+        return Factors(A, numbers.pop(), B)
     vectors = [part.vector() for part in parts]
     if any(part.gated for part in parts):
         leading = torch.broadcast_shapes(*(v.shape[:-1] for v in vectors))
         vectors = [v.expand(*leading, v.shape[-1]) for v in vectors]
-    return Factors(
-        torch.cat([part.A for part in parts]),
-        torch.cat(vectors, dim=-1),
-        torch.cat([part.B for part in parts], dim=1),
-    )
+    return Factors(A, torch.cat(vectors, dim=-1), B)
 
 
 def factored_linear(
@@ -256,7 +278,10 @@ class _FactoredLinear(torch.autograd.Function):
     ) -> Tensor:
         dtype = x.dtype
         rows, b = x.reshape(-1, x.shape[-1]), B.to(dtype)
-        gate = s.to(dtype).reshape(-1, s.shape[-1]) if isinstance(s, Tensor) else None
+        gate = s.to(dtype) if isinstance(s, Tensor) else None
+        if gate is not None and gate.dim() > 1:
+            # the rows in numbers: of rank 0, -1 could be any
+            gate = gate.reshape(rows.shape[0], s.shape[-1])
         # a number goes into the small factors, so that nothing of the activations' length is multiplied with it
         constant = 1.0 if gate is not None else s
         a, kept = None, None

@@ -43,7 +43,7 @@ def products(g: Tensor, B: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
 def _fits(g: Tensor, B: Tensor, z: Tensor) -> bool:
     if triton is None or not g.is_cuda or g.dtype not in (torch.bfloat16, torch.float16):
         return False
-    large = g.shape[1] >= _LEAST_OUT and g.shape[0] >= _LEAST_ROWS and B.shape[1] <= _WIDEST
+    large = g.shape[1] >= _LEAST_OUT and g.shape[0] >= _LEAST_ROWS and 0 < B.shape[1] <= _WIDEST
     return large and all(t.is_contiguous() for t in (g, B, z)) and not torch.compiler.is_compiling()
 
 

@@ -13,7 +13,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import BartConfig, BartForConditionalGeneration, LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from folklora.adapters.base import AdapterConfig
@@ -23,6 +23,8 @@ from folklora.adapters.host.steps import activation_penalty
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 ROWS, POSITIONS, VOCABULARY = 4, 6, 61
+CLASSES = [0, 1, 0, -1]
+_SIZES = {"r": 4, "segments": ROWS}
 _DECOMPOSITIONS = ("eig", "svd", "qr", "geqrf", "cholesky", "lu_factor", "inv_ex", "lstsq", "solve_ex")
 
 
@@ -69,6 +71,33 @@ def _as_conv1d(linear: nn.Linear) -> Conv1D:
     layer = Conv1D(linear.out_features, linear.in_features)
     layer.weight.data, layer.bias.data = linear.weight.data.T.contiguous(), linear.bias.data.clone()
     return layer
+
+
+def bart(dtype: torch.dtype = torch.float32) -> BartForConditionalGeneration:
+    """An encoder-decoder of width 32 with two blocks each, the same at every call, in evaluation mode."""
+    config = BartConfig(
+        vocab_size=VOCABULARY,
+        d_model=32,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=48,
+        decoder_ffn_dim=48,
+        max_position_embeddings=64,
+        init_std=0.2,
+        dropout=0.0,
+        forced_eos_token_id=None,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(11)
+        return BartForConditionalGeneration(config).to(dtype).eval()
+
+
+def sized(factory: type[AdapterConfig], **options: Any) -> AdapterConfig:
+    """A configuration with sizes that fit the tiny model and `batch()`, unless `options` say else."""
+    known = {field.name for field in dataclasses.fields(factory)}
+    return factory(**{name: value for name, value in _SIZES.items() if name in known} | options)
 
 
 def adapted(config: AdapterConfig, layers: int = 2, dtype: torch.dtype = torch.float32) -> PeftModel:
@@ -133,17 +162,25 @@ def moved(model: PeftModel, adapter_name: str = "default") -> PeftModel:
     return model
 
 
-def batch() -> dict[str, Tensor]:
-    """Four rows of tokens; the last ends in two positions of padding."""
+def batch(model: nn.Module | None = None) -> dict[str, Tensor]:
+    """Four rows of tokens, the last with two positions of padding; and classes, if the model's adapters read them."""
     tokens = torch.randint(VOCABULARY, (ROWS, POSITIONS), generator=torch.Generator().manual_seed(19))
     mask = torch.ones_like(tokens)
     mask[-1, -2:] = 0
-    return {"input_ids": tokens, "attention_mask": mask}
+    inputs = {"input_ids": tokens, "attention_mask": mask}
+    if model is not None and reads_classes(model):
+        inputs["class_labels"] = torch.tensor(CLASSES)
+    return inputs
 
 
-def labelled_batch() -> dict[str, Tensor]:
-    """`batch()` with its tokens as labels, padding left out."""
-    inputs = batch()
+def reads_classes(model: nn.Module) -> bool:
+    """Whether an update on the model needs the classes of a batch's rows."""
+    return any(update.reads_classes for layer in layers_of(model) for update in layer.folklora_updates.values())
+
+
+def labelled_batch(model: nn.Module | None = None) -> dict[str, Tensor]:
+    """`batch(model)` with its tokens as labels, padding left out."""
+    inputs = batch(model)
     return {**inputs, "labels": inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)}
 
 
@@ -151,14 +188,14 @@ def logits(model: nn.Module) -> Tensor:
     """The model's logits on `batch()` in evaluation mode; its own mode is restored."""
     training = model.training
     with torch.no_grad():
-        result = model.eval()(**batch()).logits
+        result = model.eval()(**batch(model)).logits
     model.train(training)
     return result
 
 
 def loss(model: nn.Module, call: Any = None) -> Tensor:
     """The language-modelling loss on `batch()` with the method's activation penalty; `call` computes it."""
-    value = (model if call is None else call)(**labelled_batch()).loss
+    value = (model if call is None else call)(**labelled_batch(model)).loss
     extra = activation_penalty(model)
     return value if extra is None else value + extra
 
@@ -173,7 +210,7 @@ def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {
         name.removeprefix("base_model.model.").replace(".base_layer.", "."): value
         for name, value in model.named_parameters()
-        if ".folklora_updates." not in name
+        if ".folklora_" not in name
     }
 
 
@@ -264,8 +301,12 @@ def trainer_step(
             logging_strategy="no",
             disable_tqdm=True,
             dataloader_pin_memory=False,
+            remove_unused_columns=False,
         )
-        trainer = Trainer(model, arguments, train_dataset=[{"input_ids": row, "labels": row} for row in rows])
+        examples = [{"input_ids": row, "labels": row} for row in rows]
+        if reads_classes(model):
+            examples = [{**example, "class_labels": CLASSES[i % ROWS]} for i, example in enumerate(examples)]
+        trainer = Trainer(model, arguments, train_dataset=examples)
         trainer.remove_callback(PrinterCallback)
         trainer.train()
     return model

@@ -356,7 +356,7 @@ def test_dropout_reaches_the_loras_and_not_the_gates():
 
 
 def test_it_has_no_fixed_weight(tmp_path: Path):
-    with pytest.raises(ValueError, match="cannot be merged into layer 'q': its update depends on the layer's input"):
+    with pytest.raises(ValueError, match="cannot be merged into layer 'q': its update depends on each layer's input"):
         adapted().merge_adapter()
     with pytest.raises(ValueError, match="no plain LoRA form"):
         export_lora(adapted(), tmp_path / "lora")

@@ -7,7 +7,28 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from folklora import SALT, SORSA, AMLoRA, CorDA, KaSA, LoRA, LoRASB, LoRAXS, PiSSA, SVFit, check, methods, tiny
+from folklora import (
+    KIND,
+    SALT,
+    SORSA,
+    AMLoRA,
+    CoDyRA,
+    CorDA,
+    DiffoRA,
+    GenerativeAdapter,
+    KaSA,
+    LoRA,
+    LoRASB,
+    LoRAXS,
+    PiSSA,
+    RandLoRA,
+    SMoRA,
+    SVFit,
+    VLAdapter,
+    check,
+    methods,
+    tiny,
+)
 from folklora.adapters.lora import LoRAUpdate
 
 TARGETS = tiny.TARGETS
@@ -29,7 +50,27 @@ VARIANTS = {
         target_modules=TARGETS,
     ),
     "am-lora as in the paper": AMLoRA(r=3, tasks=2, gate_input="lora", sparsity_on="scores", target_modules=TARGETS),
+    "codyra with thresholds": CoDyRA(r=4, steps=4, dense=0.0, kappa_max=0.2, dropout=0.3, target_modules=TARGETS),
     "corda kpm": CorDA(r=3, mode="kpm", alpha=7, power=0.5, target_modules="all-linear", rank_pattern={"k_proj": 5}),
+    "diffora with competing gates": DiffoRA(r=3, gate="softmax-row", dropout=0.3, rank_pattern={"v_proj": 5}),
+    "diffora of chosen modules": DiffoRA(
+        r=3,
+        shared_r=2,
+        target_modules=TARGETS,
+        selected=["model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj"],
+    ),
+    "generative-adapter by reconstruction": GenerativeAdapter(
+        r=5,
+        inter_size=7,
+        max_rank=2,
+        segments=4,
+        layout="reconstruction",
+        target_modules="all-linear",
+        rank_pattern={"o_proj": 3},
+    ),
+    "generative-adapter of another norm": GenerativeAdapter(
+        r=5, norm="frobenius", segments=2, target_modules=["o_proj"]
+    ),
     "kasa without truncation": KaSA(r=3, truncate=0, target_modules=TARGETS),
     "kasa with dropout": KaSA(
         r=3,
@@ -40,6 +81,12 @@ VARIANTS = {
         rslora=True,
         dropout=0.3,
         target_modules="all-linear",
+    ),
+    "kind with attached classes": KIND(
+        tailors=1, classes=[1, 0, 7], attached=2, dropout=0.3, target_modules=["embed_tokens", *TARGETS]
+    ),
+    "kind over the weight": KIND(
+        learngenes=3, tailors=2, classes=3, start="weight", orthogonality=0.01, target_modules="all-linear"
     ),
     "lora on embedding and head": LoRA(
         r=3, dropout=0.3, target_modules=["embed_tokens", "lm_head", "o_proj"], rank_pattern={"o_proj": 5}
@@ -56,12 +103,32 @@ VARIANTS = {
         r=3, sigma=0.0, alpha=7, dropout=0.3, target_modules=["embed_tokens", "lm_head", "o_proj", "up_proj"]
     ),
     "pissa with alpha": PiSSA(r=3, alpha=7, rslora=True, target_modules="all-linear", rank_pattern={"k_proj": 5}),
+    "randlora with other bases": RandLoRA(
+        r=3, scale_rule="alpha/(r sqrt n)", bases="sparse", peft_layout=True, dropout=0.3, rank_pattern={"v_proj": 5}
+    ),
     "salt without relu": SALT(r=3, top=4, relu="none", penalty_weight=0.1, save_vectors=True, target_modules=TARGETS),
     "salt with a positive diagonal": SALT(r=3, top_ratio=0.5, relu="diag", target_modules="all-linear"),
+    "smora in blocks": SMoRA(
+        r=12,
+        k=4,
+        p=2,
+        balance_rate=0.1,
+        bias_in_gate=False,
+        dropout=0.3,
+        rank_pattern={"v_proj": 6},
+        target_modules=TARGETS,
+    ),
     "sorsa with dropout": SORSA(
         r=3, alpha=7, dropout=0.3, peak_learning_rate=0.03, reduction="sum", target_modules="all-linear"
     ),
     "svfit by energy": SVFit(energy=0.9, energy_of="s", target_modules=["embed_tokens", "lm_head", *TARGETS]),
+    "vl-adapter as compacter": VLAdapter(form="compacter", factor_rank=1, z_penalty=0.1, target_modules="all-linear"),
+    "vl-adapter as hyperformer": VLAdapter(
+        form="hyperformer", embedding_size=9, hyper_hidden=7, projected_size=4, target_modules=["o_proj", "down_proj"]
+    ),
+    "vl-adapter with tasks of one": VLAdapter(
+        tasks=["vqa", "caption"], reduction_factor=4, target_modules=["o_proj", "down_proj"]
+    ),
 }
 
 

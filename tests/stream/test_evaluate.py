@@ -292,6 +292,7 @@ def test_greedy_answers_are_those_of_a_loop_by_hand(kind, tiny_llama, tiny_t5, t
 def test_generating_is_quiet(tiny_llama, tiny_tokenizer, caplog, monkeypatch):
     model = tiny_llama(pad_token_id=None)
     model.generation_config.temperature = 0.6
+    model.generation_config.top_p, model.generation_config.top_k = 0.9, 20
     model.generation_config.do_sample = True
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     with warnings.catch_warnings():

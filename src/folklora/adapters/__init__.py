@@ -2,29 +2,43 @@
 
 from folklora.adapters.am_lora import AMLoRA
 from folklora.adapters.base import AdapterConfig, Update
+from folklora.adapters.codyra import CoDyRA
 from folklora.adapters.corda import CorDA
+from folklora.adapters.diffora import DiffoRA
+from folklora.adapters.generative_adapter import GenerativeAdapter
 from folklora.adapters.kasa import KaSA
+from folklora.adapters.kind import KIND
 from folklora.adapters.lora import LoRA
 from folklora.adapters.lora_sb import LoRASB
 from folklora.adapters.lora_xs import LoRAXS
 from folklora.adapters.pissa import PiSSA
+from folklora.adapters.randlora import RandLoRA
 from folklora.adapters.salt import SALT
+from folklora.adapters.smora import SMoRA
 from folklora.adapters.soma import SoMA
 from folklora.adapters.sorsa import SORSA
 from folklora.adapters.svfit import SVFit
+from folklora.adapters.vl_adapter import VLAdapter
 
 __all__ = [
+    "KIND",
     "SALT",
     "SORSA",
     "AMLoRA",
     "AdapterConfig",
+    "CoDyRA",
     "CorDA",
+    "DiffoRA",
+    "GenerativeAdapter",
     "KaSA",
     "LoRA",
     "LoRASB",
     "LoRAXS",
     "PiSSA",
+    "RandLoRA",
+    "SMoRA",
     "SVFit",
     "SoMA",
     "Update",
+    "VLAdapter",
 ]

@@ -27,15 +27,16 @@ _ALIKE = 1e-4
 
 @dataclass
 class AMLoRA(AdapterConfig):
-    """Attentional mixture of LoRAs.
+    r"""Attentional mixture of LoRAs.
 
     A layer with frozen W [out, in] holds a LoRA (A_i [r, in], B_i [out, r]) and a gate (w_i, b_i) for every task i.
         h_i(x) = s B_i (A_i x),  s = α/r                    what task i's LoRA would add
         e_i = w_i · g(q_i) / τ + b_i,  e_0 = 0              scores; slot 0 is the zero LoRA ("use none")
         a = softmax(e_0, e_1, ..., e_t)                     attention over the slots
         y = W x + b + Σ_{i ≥ 1} a_i h_i(x)
-    Only the newest LoRA and its gate are trained; base and older LoRAs are frozen. No task id is needed. A weight
-    trains r (in + out) + d + 1 parameters a task, d = in, out or in + out by `gate_input`.
+    Only the newest LoRA and its gate are trained; base and older LoRAs are frozen. No task id, replay or teacher. A
+    weight trains r (in + out) + d + 1 parameters a task, d = in, out or in + out by `gate_input`. A stream appends
+    them for each task, by hand `folklora.add_task` does. Gates that read the prefix refuse beam search from a cache.
     Loss: L_task + λ · mean over layers and tokens of P(a), P = Σ_{i ≥ 1} a_i = 1 - a_0 (the L1 norm of the attention
     without the zero slot: over all slots of a softmax it is constant and trains nothing), or the entropy of a, or the
     L1 norm of the scores. Softmax and penalty are computed in float32; padding is left out of the mean.
@@ -51,11 +52,30 @@ class AMLoRA(AdapterConfig):
     m_{i-1} - m_1 (measured once each task was learnt; the first gate has P = 1 and no centre) and κ' = κ above the
     highest earlier score at m_i. Training moves w_i and b_i; whatever it does to w_i, the score where an earlier task
     is read stays b_i. No examples are kept; in + 1 numbers a weight and task are. The stream measures the means; an
-    adapter used without it (`place_gate`, `remember` never called) has gates that start at 0.
+    adapter used without it (`place_gate`, `remember` never called) has gates that start at 0. What was measured of
+    these forms is in `benchmarks/RESULTS.md`.
+
+    When to choose:
+        Tasks come one after another, no old examples may be kept, and at test time nobody says which task it is: the
+        gates tell tasks apart by what they read. Where the task is known, `per-task` is simpler and better.
+
+    Equation:
+        h_i(x) = s\,B_i A_i x, \quad e_i = w_i \cdot g(q_i) / \tau + b_i, \quad e_0 = 0
+        a = \mathrm{softmax}(e_0, \ldots, e_t), \quad y = W x + b + \sum_{i \geq 1} a_i\, h_i(x)
+
+    Example:
+        from peft import get_peft_model
+        from folklora import AMLoRA, add_task, tiny
+
+        model = get_peft_model(tiny.llama(), AMLoRA(r=4, target_modules=["q_proj", "v_proj"]))
+        tiny.train(model)
+        add_task(model)  # a second LoRA and its gate; the first ones are frozen
+        tiny.train(model)
 
     Args:
         r: Rank of each task's LoRA.
         alpha: α of s = α/r.
+        dropout: Of the LoRAs' input.
         tasks: Number of LoRAs held; grows by `add_task`.
         gate_input: What a gate reads, q_i: the layer's "input" x, the "lora" output h_i(x), or "both".
         zero_slot: Whether slot 0 takes part in the softmax.
@@ -294,7 +314,8 @@ class AMLoRAUpdate(Update):
             sums, counts = sums + past_sum, counts + past_count
         self.past = (sums[:, -1:].detach(), counts[:, -1:].detach())
         self.past_length = self.before + x.shape[-2]
-        return (sums / counts.clamp_min(1)).to(x.dtype)
+        # in the order of x again: how a product of it is computed depends on that order
+        return (sums / counts.clamp_min(1)).to(x.dtype).contiguous()
 
     def _past_of(self, rows: int) -> tuple[Tensor, Tensor]:
         if self.past is None or len(self.past[0]) != rows or self.past_length != self.before:

@@ -7,7 +7,7 @@ import dataclasses
 import difflib
 import enum
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -36,12 +36,24 @@ class Update(nn.Module):
 
     frozen: ClassVar[frozenset[str]] = frozenset()
     """Names of the parameters that are never trained."""
+    stepped: ClassVar[frozenset[str]] = frozenset()
+    """Those of the frozen ones that `after_step` changes."""
     gated: ClassVar[bool] = False
     """Whether `factors` depends on the layer's input; such an update cannot be merged or exported."""
+    depends_on: ClassVar[str] = "each layer's input"
+    """What a gated update depends on, in words for messages."""
+    reads_classes: ClassVar[bool] = False
+    """Whether `factors` (or `function`) of a gated update takes one more argument, what `class_gate` makes of the
+    classes of the rows, [batch, 1, ..., n]."""
+    counts_passes: ClassVar[bool] = False
+    """Whether the gradient of what `factors` gave adds to a count, so that none may be made in advance and left."""
     starts_at_base: bool = True
     """Whether the first step sees the base model's output; False where a method changes it by design."""
     needs_full_sequence: bool = False
     """Whether a position's update depends on other positions, so that generation cannot continue from a cache."""
+
+    weights: int = 1
+    """How many weights this module updates; more than one where the host stacks a method's updates of experts."""
 
     reads_past: bool = False
     """Whether a position's update depends on the positions before it."""
@@ -52,6 +64,24 @@ class Update(nn.Module):
     """How many positions that was."""
     before: int = 0
     """How many positions the cache of this pass holds; set by the host for gated updates."""
+    shared: nn.ParameterDict | None = None
+    """What all layers of the adapter have in common, by name; kept once, at the model's root, not in this module."""
+
+    is_function: ClassVar[bool] = False
+    """Whether the update has no factors and adds `function(x, y)` to the layer's output instead; such a class is
+    `gated` too."""
+    reads_block: ClassVar[bool] = False
+    """Whether it reads the hidden states that enter the block its layer is in, `context.blocks[block_of(name)]`."""
+    decomposes: bool = False
+    """Whether each forward pass takes a matrix decomposition."""
+
+    def placed(self, layer: Any, adapter_name: str) -> None:
+        """Called once when the update is made for a layer of the host, before its values are loaded or moved.
+
+        Args:
+            layer: The `FolkloraLayer`; its `name` and `context` are set; `updates_elsewhere` gives those made before.
+            adapter_name: The adapter that the update belongs to.
+        """
 
     def factors(self, x: Tensor | None = None, mask: Tensor | None = None) -> Factors:
         """What is added to W now.
@@ -62,13 +92,23 @@ class Update(nn.Module):
         """
         raise NotImplementedError
 
+    def function(self, x: Tensor, y: Tensor, mask: Tensor | None = None) -> Tensor | None:
+        """What an update that `is_function` adds to the output, [..., out]; None adds nothing.
+
+        Args:
+            x: The layer's input [..., in].
+            y: The base layer's own output [..., out], without any update.
+            mask: [batch, positions] with 1 for real tokens, or None where it is not known.
+        """
+        raise NotImplementedError
+
     batched_penalty: ClassVar[bool] = False
     """Whether `penalty` is one function of the trained parameters (and of `penalty_reads`) in all layers of an adapter,
     made of operations that `torch.func.vmap` can batch: then layers of one shape are computed together."""
 
-    def split(self, x: Tensor | None = None, mask: Tensor | None = None) -> tuple[Factors, Factors | None]:
+    def split(self, *inputs: Tensor | None) -> tuple[Factors, Factors | None]:
         """`factors` in two parts: what reads the dropped-out input, and what takes the input as it is."""
-        return self.factors(x, mask), None
+        return self.factors(*inputs), None
 
     unsaved: frozenset[str] = frozenset()
     """Names of frozen parameters that a saved file leaves out, because `derive` makes them again from the base."""
@@ -102,8 +142,23 @@ class Update(nn.Module):
         """What the method does to its parameters after each optimizer step (under no_grad)."""
 
     def frozen_parameters(self) -> frozenset[str]:
-        """Names of the parameters that are not trained at present."""
+        """Names of the parameters, own and shared, that are not trained at present."""
         return self.frozen
+
+    def share(self, parameters: nn.ParameterDict) -> None:
+        """Take what all layers of the adapter have in common; called by the host."""
+        # nn.Module would register it here as well, and it would be counted, moved and saved once a layer
+        object.__setattr__(self, "shared", parameters)
+
+    def common(self, name: str) -> Tensor:
+        """A shared parameter on this layer's device; read at each use, since FSDP puts another tensor in its place."""
+        return self.shared[name].to(self.base_sample.device)
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """Own and shared parameters: whoever trains, freezes or holds this update does so with what it shares."""
+        yield from super().parameters(recurse)
+        if self.shared is not None:
+            yield from self.shared.values()
 
 
 @dataclass
@@ -114,6 +169,9 @@ class AdapterConfig(PeftConfig):
         method: The method's name; chooses the class when a saved configuration is read.
         target_modules: Names or name endings of the layers to adapt, a regular expression, or "all-linear";
             None takes PEFT's choice for the architecture (query and value projections for most).
+        target_parameters: Names or name endings of three-dimensional mixture-of-experts weights to adapt, such as
+            "experts.down_proj". An experts module named in `target_modules` has all of its weights adapted, unless
+            this names some of them.
         exclude_modules: Layers that are left alone though `target_modules` names them.
         layers_to_transform: Indices of the blocks to adapt; None takes all.
         layers_pattern: Name of the list of blocks, where `layers_to_transform` is given and PEFT does not know it.
@@ -126,6 +184,7 @@ class AdapterConfig(PeftConfig):
 
     method: str = ""
     target_modules: list[str] | str | None = None
+    target_parameters: list[str] | None = None
     exclude_modules: list[str] | str | None = None
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
@@ -171,7 +230,7 @@ class AdapterConfig(PeftConfig):
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be at least 0 and below 1, not {self.dropout}")
         # sets do not survive JSON in a stable order
-        for name in ("target_modules", "exclude_modules"):
+        for name in ("target_modules", "target_parameters", "exclude_modules"):
             if isinstance(getattr(self, name), (set, tuple)):
                 setattr(self, name, sorted(getattr(self, name)))
 
@@ -187,6 +246,9 @@ class AdapterConfig(PeftConfig):
             if key in pattern:
                 changes[option] = pattern[key]
         return self.changed(**changes) if changes else self
+
+    def fit(self, model: nn.Module) -> None:
+        """Fill in options that depend on the model; called once, before any layer is chosen."""
 
     def chosen_rank(self, weight: Tensor) -> int | None:
         """The rank that the method reads from the base weight [out, in]; None where the options give it.
@@ -223,6 +285,33 @@ class AdapterConfig(PeftConfig):
     def empty(self, shape: tuple[int, int]) -> Update:
         """An update of the same shapes with no decomposition done, to be filled with saved values."""
         raise NotImplementedError
+
+    def class_gate(self, labels: Tensor) -> Tensor | None:
+        """What the classes of a batch's rows, [rows] or as weights [rows, classes], mean to this method's updates.
+
+        Returns:
+            [rows, n], handed to `factors` of the updates; None if the method reads no classes.
+
+        Raises:
+            ValueError: A class that the adapter does not know.
+        """
+        return None
+
+    def shared(self, layers: dict[str, tuple[int, int]], like: Tensor) -> dict[str, nn.Parameter]:
+        """New parameters that all layers of one adapter have in common, by name; most methods have none.
+
+        The host keeps them once in the model and once in a saved file, and gives them to `Update.share`. Those that
+        are never trained are named by `Update.frozen_parameters`.
+
+        Args:
+            layers: Name and (out, in) of every layer that the adapter takes.
+            like: An empty tensor with the dtype and the device of the base's weights.
+        """
+        return {}
+
+    def shared_count(self, layers: dict[str, tuple[int, int]]) -> int:
+        """How many parameters are trained that `layers` (name → (out, in)) have in common."""
+        return 0
 
     def check(self, shape: tuple[int, int], name: str) -> list[str]:
         """What speaks against these options on the layer `name` with a weight of `shape`; nothing if empty."""

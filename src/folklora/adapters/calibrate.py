@@ -29,9 +29,10 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from folklora.adapters.base import AdapterConfig
+from folklora.adapters.host.call import CallContext, read_masks
 from folklora.adapters.host.kinds import is_quantised, kind_of
-from folklora.adapters.host.layer import CallContext, layers_of
-from folklora.adapters.host.tuner import FolkloraModel, read_masks
+from folklora.adapters.host.layer import layers_of
+from folklora.adapters.host.tuner import FolkloraModel
 from folklora.adapters.lora import LoRA
 from folklora.adapters.statistics import COVARIANCE, FISHER, GRADIENT, KINDS, Statistics
 
@@ -301,6 +302,9 @@ def _layers(
     layers = FolkloraModel.targets(model, config)
     problems = []
     for name, base in layers.items():
+        if kind_of(base, name).name == "experts":
+            problems.append(f"'{name}' holds experts, which calibration does not see one by one; leave it out")
+            continue
         if COVARIANCE in wanted and kind_of(base, name).name != "linear":
             problems.append(f"'{name}' is a {type(base).__name__}; the covariance is that of linear layers")
         if not wanted.isdisjoint((GRADIENT, FISHER)):

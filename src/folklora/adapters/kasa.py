@@ -18,7 +18,7 @@ _HEADS = ("lm_head", "embed_out", "score", "classifier", "pre_classifier", "clas
 
 @dataclass
 class KaSA(AdapterConfig):
-    """Knowledge-aware singular-value adaptation.
+    r"""Knowledge-aware singular-value adaptation.
 
     W_world = W - P Q without its t weakest singular directions (P Q, [out, t] [t, in]), then
     y = W_world x + b + η B (d ⊙ (A x)),  η = α/r, with A [r, in], B [out, r] and the singular values d [r] trained.
@@ -34,10 +34,28 @@ class KaSA(AdapterConfig):
     `l3="reference"`:  ‖B Bᵀ - I_out‖_F + ‖Aᵀ A - I_in‖_F, the authors' code, which equals
     √(‖Bᵀ B - I_r‖² + out - r) + √(‖A Aᵀ - I_r‖² + in - r) and pulls 10-15 times more weakly at the start.
     `reduction="mean"` divides both sums by M (the authors' code), "sum" does not (PEFT). The defaults are what the
-    published β and γ were used with. The host adds the penalty's gradient once a step.
+    published β and γ were used with. The host adds the penalty's gradient once a step, after gradient clipping, and not
+    through the loss.
 
     Source: Wang, Jiang, Park, Kim, Tang, "KaSA: Knowledge-Aware Singular-Value Adaptation of Large Language Models",
     ICLR 2025, arXiv 2412.06071.
+
+    When to choose:
+        Where the weakest directions of a weight are rather noise than knowledge for the task: the paper has it above
+        LoRA at the same rank. It does not start at its base, and its penalty takes time in each step. Where the base's
+        answers must hold at the start, take LoRA.
+
+    Equation:
+        y = (W - P Q)\, x + b + \eta\, B \left( d \odot (A x) \right), \quad \eta = \frac{\alpha}{r}
+        L = L_{task} + \beta \sum_j d_j^2 + \gamma \left( \| B^\top B - I \|_F + \| A A^\top - I \|_F \right)
+
+    Example:
+        from peft import get_peft_model
+        from folklora import KaSA, penalty, tiny
+
+        model = get_peft_model(tiny.llama(), KaSA(r=4, target_modules=["q_proj", "v_proj"]))
+        loss = model(**tiny.batch(), labels=tiny.batch()["input_ids"]).loss
+        print(loss.item(), penalty(model).item())
 
     Args:
         r: Rank of the trained update.

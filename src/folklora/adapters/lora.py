@@ -13,14 +13,31 @@ from folklora.factored import Factors
 
 @dataclass
 class LoRA(AdapterConfig):
-    """Low-rank adaptation: y = W x + b + s B (A x), with A [r, in] and B [out, r] trained and W frozen.
+    r"""Low-rank adaptation: y = W x + b + s B (A x), with A [r, in] and B [out, r] trained and W frozen.
 
-    A starts Kaiming-uniform, B at 0, so the first step sees the base model exactly. The scaling s is α/r, or α/√r
-    with `rslora`, which keeps the update's size as the rank grows. r (in + out) trained parameters a weight.
+    A starts Kaiming-uniform, U(-1/√in, 1/√in), B at 0, so the first step sees the base model exactly. The scaling s is
+    α/r, or α/√r with `rslora`, which keeps the update's size as the rank grows. r (in + out) trained parameters a
+    weight.
     (The paper draws A from a Gaussian; its code and PEFT use Kaiming-uniform, as here.)
 
     Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", ICLR 2022, arXiv 2106.09685; the scaling
     α/√r: Kalajdzievski, "A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA", 2023, arXiv 2312.03732.
+
+    When to choose:
+        First: every tool reads it, it merges into the weight, and the first steps are safe. Where its rank does not
+        suffice or its size is too much, the other methods here say what they do better. On a stream of tasks it
+        overwrites what it learnt before.
+
+    Equation:
+        y = W x + b + s\,B A x, \quad s = \frac{\alpha}{r}
+
+    Example:
+        from peft import get_peft_model
+        from folklora import LoRA, tiny
+
+        model = get_peft_model(tiny.llama(), LoRA(r=8, target_modules="all-linear"))
+        model.print_trainable_parameters()
+        model(**tiny.batch(), labels=tiny.batch()["input_ids"]).loss.backward()
 
     Args:
         r: Rank.

@@ -15,15 +15,33 @@ from folklora.spectrum import top_factors
 
 @dataclass
 class PiSSA(AdapterConfig):
-    """Principal singular values and vectors adaptation: train the r strongest components of W from where they are.
+    r"""Principal singular values and vectors adaptation: train the r strongest components of W from where they are.
 
     W = U S Vᵀ;  B₀ = U_r √(S_r / s) [out, r],  A₀ = √(S_r / s) V_rᵀ [r, in];  W_res = W - s B₀ A₀ is frozen and
     y = W_res x + b + s B (A x). Here W stays as it is and the update is s (B A - B₀ A₀) with a frozen copy of the
-    start, the same function; it exports as a LoRA of rank 2r. Exact decomposition. r (in + out) trained parameters.
+    start, the same function, and the first step sees the base; it exports as a LoRA of rank 2r. Exact decomposition.
+    r (in + out) trained parameters a weight.
 
     Source: Meng, Wang, Zhang, "PiSSA: Principal Singular Values and Singular Vectors Adaptation of Large Language
     Models", NeurIPS 2024, arXiv 2404.02948. The authors train with α = r, no dropout and no weight decay: dropout
-    would drop principal components, so it is refused; weight decay would shrink them.
+    would drop principal components, so it is refused; weight decay would shrink them: leave it at 0.
+
+    When to choose:
+        Where one task is to be learnt fast at LoRA's size: the strongest directions move from the first step on, and
+        for the same reason more of what the model knew is at risk than with LoRA or SoMA. It needs one exact
+        decomposition of each adapted weight at the start.
+
+    Equation:
+        W = U S V^\top, \quad B_0 = U_r \sqrt{S_r / s}, \quad A_0 = \sqrt{S_r / s}\, V_r^\top
+        y = W x + b + s \left( B A - B_0 A_0 \right) x
+
+    Example:
+        from peft import get_peft_model
+        from folklora import PiSSA, tiny
+
+        model = get_peft_model(tiny.llama(), PiSSA(r=4, target_modules=["q_proj", "v_proj"]))
+        model.print_trainable_parameters()
+        model(**tiny.batch(), labels=tiny.batch()["input_ids"]).loss.backward()
 
     Args:
         r: Rank.

@@ -23,13 +23,31 @@ _TOGETHER = 16
 
 @dataclass
 class AMLoRAStream(ContinualMethod):
-    """Attentional mixture of LoRAs: append (A_t, B_t, w_t, b_t) in every adapted layer, freeze the rest, train.
+    r"""Attentional mixture of LoRAs: append (A_t, B_t, w_t, b_t) in every adapted layer, freeze the rest, train.
 
     The equations, options and open questions are those of the adapter, `folklora.AMLoRA`. No replay, no teacher, no
     task id at test time.
 
     Source: Liu, Wu, Liu, Duan, "Learning Attentional Mixture of LoRAs for Language Model Continual Learning", 2024,
     arXiv 2409.19611.
+
+    When to choose:
+        Tasks come one after another, no old examples may be kept, and at test time nobody says which task it is. Each
+        task stores a LoRA and gates, and the adapter neither merges nor exports. Where the task is known, `per-task` is
+        simpler and better.
+
+    Equation:
+        a = \mathrm{softmax}(e_0, \ldots, e_t), \quad y = W x + b + \sum_{i \geq 1} a_i\, s\,B_i A_i x
+
+    Example:
+        from folklora import learn
+        from folklora.demo import model_folder
+        from folklora.demo.tasks import demo_tasks
+
+        tasks = demo_tasks(train=12, test=6)[:2]
+        options = {"r": 4, "target_modules": ["q_proj", "v_proj"]}
+        run = learn(model_folder(), tasks, method="am-lora", out="runs/am-lora", options=options)
+        print(run.results["methods"]["am-lora"]["average_accuracy"])
 
     Args:
         adapter: Options of the layers.

@@ -12,12 +12,29 @@ from folklora.continual.base import AdapterPerTask
 
 @dataclass
 class PerTask(AdapterPerTask):
-    """Task i is learnt from W₀ by an adapter of its own and answered by that adapter: no interference, no transfer.
+    r"""Task i is learnt from W₀ by an adapter of its own and answered by that adapter: no interference, no transfer.
 
     An upper reference that is told at test time which task it is asked; tasks not yet learnt are answered by the base
     model. Backward transfer and forgetting are 0 by construction. r (in + out) trained parameters a weight and task.
 
     Source: reference row "PerTaskFT" in Wang et al. 2023, arXiv 2310.14152.
+
+    When to choose:
+        Where whoever asks also says which task it is: then nothing is forgotten. Otherwise as an upper reference for
+        methods that are not told. No task learns from another.
+
+    Equation:
+        W_i = W_0 + s\,B_i A_i
+
+    Example:
+        from folklora import learn
+        from folklora.demo import model_folder
+        from folklora.demo.tasks import demo_tasks
+
+        tasks = demo_tasks(train=12, test=6)[:2]
+        options = {"r": 4, "target_modules": ["q_proj", "v_proj"]}
+        run = learn(model_folder(), tasks, method="per-task", out="runs/per-task", options=options)
+        print(run.results["methods"]["per-task"]["average_accuracy"])
 
     Args:
         adapter: The adapter of each task; LoRA by default.

@@ -13,7 +13,7 @@ from folklora.stream.tasks import Example, Task
 
 @dataclass
 class Replay(ContinualMethod):
-    """Task t is trained on D_t and the memories M_1, ..., M_{t-1}, shuffled; M_i is a random part of D_i.
+    r"""Task t is trained on D_t and the memories M_1, ..., M_{t-1}, shuffled; M_i is a random part of D_i.
 
     |M_i| = max(1, memory · |D_i|), as evenly over the labels as the counts allow; drawn from training examples by the
     run's seed and the task's name, so that methods compared at one seed share their memories. One adapter is trained
@@ -21,6 +21,24 @@ class Replay(ContinualMethod):
 
     Source: baseline in Wang et al. 2023, arXiv 2310.14152; mixing as in the implementations of Razdaibiedina et al.,
     "Progressive Prompts", ICLR 2023, arXiv 2301.12314 (their memory is 1 %; the value behind the first is unknown).
+
+    When to choose:
+        Where some examples of each task may be kept: 2 % of them already hold back much of the forgetting, with any
+        adapter and at no cost in use. Where old data must not be stored, it is out.
+
+    Equation:
+        L_t = \sum_{z \in D_t \cup M_1 \cup \ldots \cup M_{t-1}} \ell(z)
+        \lvert M_i \rvert = \max(1, m \lvert D_i \rvert)
+
+    Example:
+        from folklora import learn
+        from folklora.demo import model_folder
+        from folklora.demo.tasks import demo_tasks
+
+        tasks = demo_tasks(train=12, test=6)[:2]
+        options = {"r": 4, "target_modules": ["q_proj", "v_proj"], "memory": 0.1}
+        run = learn(model_folder(), tasks, method="replay", out="runs/replay", options=options)
+        print(run.results["methods"]["replay"]["average_accuracy"])
 
     Args:
         adapter: The adapter; LoRA by default.

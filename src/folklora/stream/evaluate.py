@@ -112,6 +112,10 @@ def generate_answers(
                 attention_mask=mask,
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
+                # what a model's own configuration says on sampling would be warned of; these values are neutral
+                temperature=1.0,
+                top_p=1.0,
+                top_k=50,
                 num_beams=1,
                 use_cache=not reader.whole_sequence,
                 pad_token_id=reader.pad_id,

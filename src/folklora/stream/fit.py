@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import re
+from collections.abc import Collection, Sequence
 
 import torch
 from peft import PeftConfig
 from transformers import PreTrainedModel
 
 from folklora.adapters.base import AdapterConfig
-from folklora.adapters.host.tuner import targets_without_match
+from folklora.adapters.host.targets import nothing_matched, without_match
+from folklora.adapters.lora import LoRA
 from folklora.continual.base import ContinualMethod
 from folklora.stream.peft_types import same_again
 
@@ -36,8 +38,7 @@ def check_fit(methods: Sequence[ContinualMethod], base: PreTrainedModel) -> None
 
 def _try_peft(trial: ContinualMethod, shell: PreTrainedModel) -> None:
     config: PeftConfig = trial.adapter
-    # PEFT takes a list of which some names match nothing, and does not say which names there are
-    problems = targets_without_match(config, shell) if hasattr(config, "target_modules") else []
+    problems = _lost_targets(getattr(config, "target_modules", None), shell)
     if problems:
         raise ValueError("\n".join(problems))
     try:
@@ -50,3 +51,13 @@ def _try_peft(trial: ContinualMethod, shell: PreTrainedModel) -> None:
         return
     for made in model.peft_config.values():
         same_again(made)
+
+
+def _lost_targets(targets: Collection[str] | str | None, shell: PreTrainedModel) -> list[str]:
+    """What PEFT leaves unsaid: which of several names match nothing, and which names there are."""
+    if targets is None or targets == "all-linear":
+        return []
+    if isinstance(targets, str):
+        found = any(re.fullmatch(targets, name) for name, _ in shell.named_modules())
+        return [] if found else [nothing_matched(LoRA(target_modules=targets), shell)]
+    return without_match(LoRA(target_modules=sorted(targets)), shell)

@@ -23,8 +23,8 @@ class _Pixels(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.wide = nn.Conv2d(3, 6, (3, 2), stride=2, padding=1)
-        self.long = nn.Conv1d(6, 5, 2)
-        self.head = nn.Linear(5, 4)
+        self.long = nn.Conv1d(6, 4, 2, groups=2)
+        self.head = nn.Linear(4, 4)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.long(self.wide(x).flatten(2)).mean(-1))
@@ -71,6 +71,13 @@ def test_convolutions(method: type, tmp_path: Path) -> None:
     x = torch.randn(2, 3, 6, 5, generator=torch.Generator().manual_seed(0))
     config = method(r=2, target_modules=["wide", "long", "head"], rank_pattern={"long": 3})
     _check_export(_pixels, config, tmp_path, lambda model: model(x))
+
+
+def test_a_convolution_that_peft_does_not_compute_is_refused(tmp_path: Path) -> None:
+    model = get_peft_model(nn.Sequential(nn.Conv1d(4, 4, 3, dilation=2)), LoRA(r=2, target_modules=["0"]))
+    with pytest.raises(ValueError, match=r"'0' is a convolution with dilation \(2,\) and padding mode 'zeros', which"):
+        export_lora(model, tmp_path / "lora")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_ranks_and_alphas_that_differ_by_layer(tmp_path: Path) -> None:
@@ -147,7 +154,9 @@ def test_the_precision_can_be_chosen(tmp_path: Path) -> None:
 
 def test_refusals_are_in_words_and_leave_nothing_behind(tmp_path: Path) -> None:
     model = tiny.trained(AMLoRA(r=4, target_modules=["q_proj"]))
-    with pytest.raises(ValueError, match="adapter 'default' has no plain LoRA form: its gates read each layer's input"):
+    with pytest.raises(
+        ValueError, match="adapter 'default' has no plain LoRA form: its update depends on each layer's input"
+    ):
         export_lora(model, tmp_path / "lora")
     with pytest.raises(ValueError, match="carries no Folklora adapter named 'nobody'"):
         export_lora(model, tmp_path / "lora", "nobody")

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from folklora import AdapterConfig, KaSA, LoRA, PiSSA, methods, tiny
 from folklora.adapters.host.layer import layers_of
+from folklora.methods import Method
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 Q0 = "base_model.model.model.layers.0.self_attn.q_proj.folklora_updates."
@@ -59,10 +60,13 @@ def test_a_saved_folder_holds_the_method_and_no_pickle(folder: Path) -> None:
     assert names == {"A", "B", "d", "P", "Q", "base_sample"}
 
 
-@pytest.mark.parametrize("method", [method.name for method in methods("adapters")])
-def test_every_option_survives_saving(method: str, tmp_path: Path) -> None:
-    config = AdapterConfig(method=method, r=3, target_modules={"v_proj", "q_proj"}, rank_pattern={"q_proj": 2})
-    get_peft_model(tiny.llama(), tiny.calibrated(tiny.llama(), config)).save_pretrained(tmp_path)
+@pytest.mark.parametrize("method", methods("adapters"), ids=lambda method: method.name)
+def test_every_option_survives_saving(method: Method, tmp_path: Path) -> None:
+    ranks = {"r": 3, "rank_pattern": {"q_proj": 2}} if hasattr(method.factory, "r") else {}
+    config = AdapterConfig(method=method.name, target_modules={"v_proj", "q_proj"}, **ranks)
+    # the very one that the model takes, which fills in what it reads from the model
+    config = tiny.calibrated(tiny.llama(), config)
+    get_peft_model(tiny.llama(), config).save_pretrained(tmp_path)
     for loaded in (PeftConfig.from_pretrained(tmp_path), type(config).from_pretrained(tmp_path)):
         assert type(loaded) is type(config)
         for field in dataclasses.fields(config):

@@ -12,7 +12,7 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from folklora import AMLoRA, LoRA, PiSSA, tiny
+from folklora import KIND, AMLoRA, CoDyRA, LoRA, PiSSA, RandLoRA, SMoRA, VLAdapter, tiny
 from folklora.adapters.host import siblings
 from folklora.adapters.host.layer import layers_of
 from folklora.factored import Factors, factored_linear, share_input
@@ -24,6 +24,9 @@ METHODS = [
     PiSSA(r=4, target_modules="all-linear"),
     AMLoRA(r=3, tasks=2, dropout=0.0, target_modules="all-linear"),
     AMLoRA(r=3, tasks=2, dropout=0.0, gate_input="lora", target_modules="all-linear"),
+    KIND(classes=2, target_modules="all-linear"),
+    RandLoRA(r=4, dropout=0.0, target_modules="all-linear"),
+    CoDyRA(r=4, dropout=0.0, target_modules="all-linear"),
 ]
 
 
@@ -182,6 +185,41 @@ def test_a_sibling_that_is_merged_disabled_or_dropped_out_goes_its_own_way(monke
     value.dropouts["default"] = 0.5
     model.train()(inputs())
     assert counts == [3, 2, 2]
+
+
+def test_ranks_that_count_their_tokens_count_each_once():
+    torch.manual_seed(0)
+    targets = ["q_proj", "k_proj", "v_proj"]
+    model = get_peft_model(Attention(), SMoRA(r=4, k=2, target_modules=targets)).train()
+    # in the first pass the key and the value read another tensor than the query
+    model(inputs(dtype=torch.float32), inputs(2, torch.float32)).square().sum().backward()
+    model(inputs(3, torch.float32)).square().sum().backward()
+    loads = [int(layer.folklora_updates["default"].load.sum()) for layer in layers_of(model)]
+    # two passes of 2 x 5 tokens with 2 ranks each
+    assert loads == [40, 40, 40]
+
+
+def test_a_sibling_that_is_a_function_goes_its_own_way_and_still_adds_up(monkeypatch: pytest.MonkeyPatch):
+    counts = count_shares(monkeypatch)
+    model = attention()
+    model.add_adapter("bent", VLAdapter(reduction_factor=2, train_bias=True, target_modules=["k_proj", "v_proj"]))
+    model.base_model.set_adapter(["default", "bent"])
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for update in (layer.folklora_updates["bent"] for layer in list(layers_of(model))[1:]):
+            for parameter in update.parameters():
+                parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    model.double()
+    query, key, value = layers_of(model)
+    assert_alike(results(model, inputs()), results(apart(model), inputs()), EPS64)
+    # key and value have a function each; what else they carry is computed with nobody's help
+    assert counts == []
+    x = inputs()
+    for layer in (query, key, value):
+        sets = [], ["default"], ["bent"], ["default", "bent"]
+        base, one, two, both = (tiny.layer_output(layer, names, x) for names in sets)
+        assert_alike([one + two - base], [both], EPS64)
+        assert torch.equal(two, base) == (layer is query)
 
 
 def test_what_was_offered_is_neither_copied_nor_pickled_nor_kept():

@@ -20,9 +20,10 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor
 
 import folklora
-from folklora import KaSA, LoRA, methods, tiny
+from folklora import DiffoRA, KaSA, LoRA, SMoRA, methods, tiny
 from folklora.adapters.base import AdapterConfig
-from folklora.adapters.host.layer import layers_of
+from folklora.adapters.diffora import Search, gates
+from folklora.adapters.host.layer import layers_of, updates_of
 from folklora.adapters.lora import LoRAUpdate
 
 PENALISED = KaSA(r=4, target_modules=tiny.TARGETS, beta=0.05, gamma=0.02)
@@ -81,9 +82,18 @@ def two_steps(config: AdapterConfig, shard: Callable[[PeftModel], None] | None =
     return trained_values(model)
 
 
+def balances(rows: Tensor) -> list[Tensor]:
+    """How SMoRA's balances moved in a step that saw these rows, by layer."""
+    model = tiny.adapted(SMoRA(r=8, k=3, balance_rate=1.0, target_modules=tiny.TARGETS)).train()
+    model(input_ids=rows, labels=rows).loss.backward()
+    torch.optim.SGD([value for value in model.parameters() if value.requires_grad], lr=0.0).step()
+    return [update.balance.detach() for _, update in updates_of(model, "default")]
+
+
 def sharded_methods() -> dict[str, AdapterConfig]:
-    """Every installed method, one with penalties that count, and one with work after each step."""
-    every = {method.name: method.factory(r=4, target_modules=tiny.TARGETS) for method in methods("adapters")}
+    """Every installed method, one whose layers share trained parameters, one with penalties, one with after-steps."""
+    every = {method.name: tiny.sized(method.factory, target_modules=tiny.TARGETS) for method in methods("adapters")}
+    every["shared pairs"] = DiffoRA(r=4, target_modules=tiny.TARGETS, selected=["model.layers.0.self_attn.q_proj"])
     return {**every, "penalised": PENALISED, "normed": Normed(r=4, target_modules=tiny.TARGETS)}
 
 
@@ -162,6 +172,14 @@ def test_after_step_runs_once_a_step(pair: dict[str, Any], accumulation: int) ->
         assert float(layer.folklora_updates["default"].A.norm()) == pytest.approx(1)
 
 
+def test_the_load_of_smoras_ranks_is_that_of_all_processes(pair: dict[str, Any]) -> None:
+    rows = tiny.batch()["input_ids"]
+    together, half = balances(rows), balances(rows[:2])
+    assert not all(torch.equal(*both) for both in zip(half, together, strict=True))
+    for found in pair["balances"]:
+        assert all(torch.equal(*both) for both in zip(found, together, strict=True))
+
+
 @pytest.mark.parametrize("name", sharded_methods())
 def test_sharded_by_fsdp2_a_method_trains_as_whole(pair: dict[str, Any], name: str) -> None:
     sharded = pair[f"sharded {name}"]
@@ -224,6 +242,21 @@ def test_a_fused_optimizer_under_a_gradient_scaler_gets_the_scaled_gradient() ->
         assert torch.allclose(before[name] - value, expected[name], rtol=1e-6, atol=1e-9), name
 
 
+def gates_after_two_steps(halves: list[int]) -> dict[str, float]:
+    """γ after two validation steps on these halves of the batch."""
+    model = tiny.moved(tiny.adapted(DiffoRA(r=4, target_modules=tiny.TARGETS)))
+    rows = [tiny.batch()["input_ids"][2 * half : 2 * half + 2] for half in halves]
+    search = Search(model, [rows], loss=lambda called, parts: sum(called(p, labels=p).loss for p in parts) / len(parts))
+    for _ in range(2):
+        search.step()
+    return gates(model)
+
+
+def test_validation_steps_read_what_all_processes_read(pair: dict[str, Any]) -> None:
+    assert pair["gates"] == pytest.approx(gates_after_two_steps([0, 1]), rel=1e-6)
+    assert pair["gates"] != pytest.approx(gates_after_two_steps([0]), rel=1e-6)
+
+
 def _main(results: Path) -> None:
     found: dict[str, object] = {}
     for accumulation in (1, 4):
@@ -232,11 +265,15 @@ def _main(results: Path) -> None:
             found[f"trainer {accumulation} {penalised}"] = trained_values(model)
         model = tiny.trainer_step(Normed(r=4, target_modules=tiny.TARGETS), accumulation, rows=same_rows(2))
         found[f"calls {accumulation}"] = calls_by_layer(model)
+    half = tiny.batch()["input_ids"].chunk(2)[dist.get_rank()]
+    dist.all_gather_object(balanced := [None, None], balances(half))
+    found["balances"] = balanced
     for name, config in sharded_methods().items():
         try:
             found[f"sharded {name}"] = two_steps(config, _fully_shard)
         except Exception as error:
             found[f"sharded {name}"] = f"{type(error).__name__}: {error}"
+    found["gates"] = gates_after_two_steps([dist.get_rank()])
     if dist.get_rank() == 0:
         torch.save(found, results)
     dist.destroy_process_group()

@@ -61,12 +61,8 @@ def _classifier() -> LlamaForSequenceClassification:
     return LlamaForSequenceClassification(config).eval()
 
 
-def test_experts_are_refused_in_words_and_attention_beside_them_works() -> None:
-    model = _mixtral()
-    with pytest.raises(ValueError, match=r"experts' \(MixtralExperts\) holds its experts' weights in three-"):
-        get_peft_model(model, LoRA(target_modules=["experts"]))
-    assert _names(model) == []
-    adapted = tiny.moved(get_peft_model(model, KaSA(r=2, target_modules=["q_proj"]))).eval()
+def test_attention_beside_experts_is_adapted() -> None:
+    adapted = tiny.moved(get_peft_model(_mixtral(), KaSA(r=2, target_modules=["q_proj"]))).eval()
     tokens = torch.randint(64, (2, 5))
     expected = adapted(input_ids=tokens).logits
     tiny.close(adapted.merge_and_unload()(input_ids=tokens).logits, expected, 1e-5, "the logits merged and unmerged")
@@ -135,9 +131,6 @@ def test_a_refused_second_adapter_leaves_the_first() -> None:
 def test_kinds_that_a_method_does_not_take_are_named() -> None:
     with pytest.raises(ValueError, match=r"am-lora adapts linear layers; 'model.embed_tokens' is a Embedding"):
         get_peft_model(tiny.llama(), AMLoRA(target_modules=["embed_tokens"]))
-    grouped = nn.Sequential(nn.Conv1d(4, 4, 3, groups=2))
-    with pytest.raises(ValueError, match="layer '0' is a convolution in 2 groups"):
-        get_peft_model(grouped, LoRA(target_modules=["0"]))
     attention = nn.Sequential(nn.MultiheadAttention(8, 2))
     with pytest.raises(ValueError, match="reads its weight without calling it"):
         get_peft_model(attention, LoRA(target_modules=["out_proj"]))

@@ -12,7 +12,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from folklora.adapters.base import Update
+from folklora.adapters.host.experts import ExpertsLayer
+from folklora.adapters.host.kinds import TRANSPOSED, experts_transposed
 from folklora.adapters.host.layer import FolkloraLayer, updates_of
+from folklora.adapters.host.stacks import StackUpdate
+from folklora.factored import Factors
 from folklora.stream.files import replace_folder
 
 
@@ -28,10 +32,11 @@ def export_lora(
         dtype: Precision of the saved factors; None keeps the adapter's own.
 
     Returns:
-        The LoRA rank of every exported layer, by the layer's name.
+        The LoRA rank of every exported layer, by the layer's name (experts: by the parameter's).
 
     Raises:
-        ValueError: There is no such adapter, or its update depends on its input and has no LoRA form.
+        ValueError: There is no such adapter, its update depends on its input and has no LoRA form, or it is on a
+            convolution that PEFT's LoRA does not compute.
         RuntimeError: The adapter waits for saved values that were never loaded.
         FileExistsError: `out` is there already.
     """
@@ -48,13 +53,17 @@ def export_lora(
     with torch.no_grad():
         for layer, update in pairs:
             layer.admit_loaded([adapter_name])
-            A, B = update.factors().to_lora()
-            ranks[layer.name] = A.shape[0]
-            tensors.update(_named(layer, A, B, dtype))
+            named, own = _named(layer, update)
             if biased:
-                change = B.new_zeros(len(B)) if update.bias_change is None else update.bias_change
-                key = f"base_model.model.{layer.name}.lora_B.bias"
-                tensors[key] = change.to("cpu", dtype or change.dtype, copy=True)
+                rows = layer.kind.shape(layer.get_base_layer())[0]
+                change = torch.zeros(rows) if update.bias_change is None else update.bias_change
+                named[f"base_model.model.{layer.name}.lora_B.bias"] = change
+            ranks.update(own)
+            # a copy of each: layers may share a factor, and a safetensors file holds no tensor twice
+            tensors |= {
+                key: value.detach().to("cpu", dtype).clone(memory_format=torch.contiguous_format)
+                for key, value in named.items()
+            }
         tensors.update(_saved_modules(model, adapter_name))
     config = _lora_config(model, adapter_name, ranks, biased)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -70,20 +79,32 @@ def _check_exportable(adapter_name: str, pairs: list[tuple[FolkloraLayer, Update
     gated = next((update for _, update in pairs if update.gated), None)
     if gated is not None:
         raise ValueError(
-            f"adapter '{adapter_name}' has no plain LoRA form: its gates read each layer's input "
+            f"adapter '{adapter_name}' has no plain LoRA form: its update depends on {gated.depends_on} "
             f"({type(gated).__name__}), and a LoRA is the same for every input"
         )
-    embedding = next((layer.name for layer, _ in pairs if layer.kind.name == "embedding"), None)
-    if biased and embedding is not None:
+    other = next((layer for layer, _ in pairs if layer.kind.name in ("embedding", "experts")), None)
+    if biased and other is not None:
         raise ValueError(
-            f"adapter '{adapter_name}' changes biases and adapts the embedding '{embedding}', and PEFT's LoRA cannot "
-            "hold both: train with train_bias=False, or leave the embedding out"
+            f"adapter '{adapter_name}' changes biases and adapts the {other.kind.name} '{other.name}', and PEFT's LoRA "
+            "cannot hold both: train with train_bias=False, or leave that layer out"
         )
 
 
-def _named(layer: nn.Module, A: Tensor, B: Tensor, dtype: torch.dtype | None) -> dict[str, Tensor]:
-    if dtype is not None:
-        A, B = A.to(dtype), B.to(dtype)
+def _at_least_one_term(factors: Factors) -> Factors:
+    # PEFT has no LoRA of rank 0
+    if factors.rank:
+        return factors
+    A, B = factors.A.new_zeros(1, factors.A.shape[1]), factors.B.new_zeros(factors.B.shape[0], 1)
+    return Factors(A, 1.0, B)
+
+
+def _named(layer: FolkloraLayer, update: Update) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """PEFT's tensors for a layer, and their rank by the layer's name."""
+    if isinstance(layer, ExpertsLayer):
+        return _named_experts(layer, update)
+    A, B = _at_least_one_term(update.factors().compact()).to_lora()
+    # PEFT divides a convolution's ranks among its groups; here every group has them all
+    rank = A.shape[0] * getattr(layer.get_base_layer(), "groups", 1)
     base = layer.get_base_layer()
     prefix = f"base_model.model.{layer.name}"
     if layer.kind.name == "embedding":
@@ -91,12 +112,41 @@ def _named(layer: nn.Module, A: Tensor, B: Tensor, dtype: torch.dtype | None) ->
     else:
         names = ("lora_A.weight", "lora_B.weight")
     if layer.kind.name == "convolution":
-        A = A.view(A.shape[0], *base.weight.shape[1:])
+        A = _kernel(layer, A)
         B = B.view(*B.shape, *([1] * (base.weight.dim() - 2)))
-    return {
-        f"{prefix}.{names[0]}": A.detach().cpu().contiguous(),
-        f"{prefix}.{names[1]}": B.detach().cpu().contiguous(),
-    }
+    return {f"{prefix}.{names[0]}": A, f"{prefix}.{names[1]}": B}, {layer.name: rank}
+
+
+def _kernel(layer: nn.Module, A: Tensor) -> Tensor:
+    """A as the kernel of PEFT's first convolution, which reads the channels of all groups."""
+    base, rank = layer.get_base_layer(), A.shape[0]
+    if set(base.dilation) != {1} or base.padding_mode != "zeros":
+        raise ValueError(
+            f"layer '{layer.name}' is a convolution with dilation {base.dilation} and padding mode "
+            f"'{base.padding_mode}', which PEFT's LoRA does not know; merge the adapter, or leave that layer out"
+        )
+    groups, (channels, *size) = base.groups, base.weight.shape[1:]
+    kernel = A.new_zeros(groups, rank, groups, channels, *size)
+    each = torch.arange(groups)
+    kernel[each, :, each] = A.view(rank, channels, *size)
+    return kernel.reshape(groups * rank, groups * channels, *size)
+
+
+def _named_experts(layer: ExpertsLayer, update: StackUpdate) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """PEFT's tensors for the stacks of an experts module, and the rank of each stack by its name."""
+    base, tensors, ranks = layer.get_base_layer(), {}, {}
+    # PEFT wraps the module once for each parameter, the first innermost
+    prefix = f"base_model.model.{layer.name}" + ".base_layer" * (len(update.names) - 1)
+    for key in update.names:
+        A, B = update.pair(key)
+        # PEFT takes experts that are not marked otherwise for [out, in]
+        if experts_transposed(base) and not getattr(base, "is_transposed", False):
+            A, B = B.mT, A.mT
+        ranks[f"{layer.name}.{key}"] = A.shape[1]
+        tensors[f"{prefix}.lora_A.weight"] = A.flatten(0, 1)
+        tensors[f"{prefix}.lora_B.weight"] = B.permute(1, 2, 0).flatten(1)
+        prefix = prefix.removesuffix(".base_layer")
+    return tensors, ranks
 
 
 def _saved_modules(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
@@ -104,7 +154,7 @@ def _saved_modules(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
     return {
         f"base_model.model.{key.removeprefix('base_model.model.')}": value.detach().cpu().contiguous()
         for key, value in state.items()
-        if ".folklora_updates." not in key
+        if ".folklora_" not in key
     }
 
 
@@ -113,12 +163,14 @@ def _lora_config(model: nn.Module, adapter_name: str, ranks: dict[str, int], bia
     common = max(ranks.values(), key=list(ranks.values()).count)
     # anchored patterns: PEFT matches a key against the end of a name
     others = {f"^{name}": rank for name, rank in ranks.items() if rank != common}
+    layers = {layer.name for layer, _ in updates_of(model, adapter_name)}
     return LoraConfig(
         r=common,
         lora_alpha=common,
         rank_pattern=others,
         alpha_pattern=dict(others),
-        target_modules=sorted(ranks),
+        target_modules=sorted(layers.intersection(ranks)),
+        target_parameters=sorted(set(ranks) - layers) or None,
         modules_to_save=source.modules_to_save,
         task_type=source.task_type,
         base_model_name_or_path=source.base_model_name_or_path,
@@ -129,6 +181,4 @@ def _lora_config(model: nn.Module, adapter_name: str, ranks: dict[str, int], bia
 
 
 def _all_transposed(model: nn.Module, adapter_name: str) -> bool:
-    from folklora.adapters.host.kinds import TRANSPOSED
-
     return all(layer.kind is TRANSPOSED for layer, _ in updates_of(model, adapter_name))

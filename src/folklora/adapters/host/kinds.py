@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers.pytorch_utils import Conv1D
 
 from folklora.factored import Factors, SharedInput, factored_linear, factored_update
@@ -22,6 +23,7 @@ class Kind:
     """A kind of layer; the update's matrix is always [out, in], however the layer stores its weight."""
 
     name: str
+    has_matrix: bool = True
 
     def shape(self, base: nn.Module) -> tuple[int, int]:
         """(out, in) of the weight as a matrix."""
@@ -29,7 +31,13 @@ class Kind:
 
     def matrix(self, base: nn.Module) -> Tensor:
         """The weight as a matrix [out, in], dequantised."""
-        return self.from_layout(dequantize_module_weight(base).detach())
+        _unpack(base)
+        weight = base.weight
+        matrix = dequantize_module_weight(base).detach()
+        if base.weight is not weight:
+            # PEFT puts a copy in the place of bitsandbytes' weights of 8 bits, which lacks their scales
+            base.weight = weight
+        return self.from_layout(matrix)
 
     def from_layout(self, weight: Tensor) -> Tensor:
         """A tensor in the layer's own layout (its weight, or the gradient of it) as a matrix [out, in]."""
@@ -66,6 +74,13 @@ class _Linear(Kind):
         return super().forward(base, x, factors, dropout)
 
 
+def _unpack(base: nn.Module) -> None:
+    # after a pass without gradients on some CPUs, bitsandbytes keeps a weight in a form that it cannot dequantise;
+    # being asked for its state makes it go back
+    if getattr(getattr(base.weight, "quant_state", None), "packing_format_for_cpu", False):
+        base.state_dict()
+
+
 class _TransposedLinear(Kind):
     def shape(self, base: nn.Module) -> tuple[int, int]:
         return base.weight.shape[1], base.weight.shape[0]
@@ -89,7 +104,7 @@ class _Embedding(Kind):
 
     def update(self, base: nn.Module, x: Tensor, factors: Factors) -> Tensor:
         dtype = base.weight.dtype
-        h = F.embedding(x, factors.A.T.to(dtype))
+        h = F.embedding(x, factors.A.T.to(dtype), padding_idx=base.padding_idx)
         s = factors.s.to(dtype) if isinstance(factors.s, Tensor) else factors.s
         # some embeddings multiply what they look up (Gemma's √width)
         return F.linear(h * s, factors.B.to(dtype)) * getattr(base, "embed_scale", 1.0)
@@ -110,30 +125,43 @@ class _Convolution(Kind):
 
     def update(self, base: nn.Module, x: Tensor, factors: Factors) -> Tensor:
         convolve = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}[base.weight.dim()]
+        groups = base.groups
+        # every group of channels is read by all of A, and each row of B takes what its own group gave
         kernel = factors.A.to(x.dtype).view(factors.rank, *base.weight.shape[1:])
+        kernel = kernel.repeat(groups, *([1] * (kernel.dim() - 1)))
         padded = x
         padding = base.padding
         if base.padding_mode != "zeros":
             padded, padding = F.pad(x, base._reversed_padding_repeated_twice, mode=base.padding_mode), 0
-        h = convolve(padded, kernel, None, base.stride, padding, base.dilation)
+        h = convolve(padded, kernel, None, base.stride, padding, base.dilation, groups)
         s = factors.vector().to(h.dtype)
+        s = s.repeat(*([1] * (s.dim() - 1)), groups)
         # a gate [batch, 1, r] or a vector [r] counts channels, which stand second here
         s = s.reshape(*(s.shape[:1] if s.dim() > 1 else ()), -1, *([1] * (h.dim() - 2)))
-        return convolve(h * s, factors.B.to(h.dtype).view(*factors.B.shape, *([1] * (h.dim() - 2))))
+        B = factors.B.to(h.dtype).view(*factors.B.shape, *([1] * (h.dim() - 2)))
+        return convolve(h * s, B, groups=groups)
+
+
+class _Experts(Kind):
+    def shape(self, base: nn.Module) -> tuple[int, int]:
+        raise TypeError("an experts module has several weights, each with a shape of its own")
 
 
 LINEAR = _Linear("linear")
 TRANSPOSED = _TransposedLinear("linear")
 EMBEDDING = _Embedding("embedding")
 CONVOLUTION = _Convolution("convolution")
+EXPERTS = _Experts("experts", has_matrix=False)
 
 
 def is_plain(base: nn.Module) -> bool:
     """Whether a layer is nothing but x Wᵀ + b, so that the kernel may compute it in the layer's place.
 
-    A subclass (quantised), a hook or a forward put in its place (offloading) would be bypassed.
+    A subclass or a tensor of another kind (quantised), a hook or a forward put in its place (offloading) would be
+    bypassed.
     """
-    return type(base) is nn.Linear and "forward" not in vars(base) and not any(getattr(base, key) for key in _HOOKS)
+    ordinary = type(base) is nn.Linear and not is_traceable_wrapper_subclass(base.weight)
+    return ordinary and "forward" not in vars(base) and not any(getattr(base, key) for key in _HOOKS)
 
 
 def kind_of(base: nn.Module, name: str) -> Kind:
@@ -151,8 +179,6 @@ def kind_of(base: nn.Module, name: str) -> Kind:
     if isinstance(base, Conv1D):
         return TRANSPOSED
     if isinstance(base, _CONVOLUTIONS):
-        if base.groups != 1:
-            raise TypeError(f"layer '{name}' is a convolution in {base.groups} groups; only one group can be adapted")
         return CONVOLUTION
     if isinstance(base, NonDynamicallyQuantizableLinear):
         raise TypeError(
@@ -160,19 +186,46 @@ def kind_of(base: nn.Module, name: str) -> Kind:
             "an update would have no effect; leave it out with exclude_modules"
         )
     if isinstance(base, nn.Linear) or (hasattr(base, "in_features") and hasattr(base, "out_features")):
+        if not isinstance(getattr(base, "weight", None), Tensor):
+            raise TypeError(f"layer '{name}' ({type(base).__name__}) keeps no weight that Folklora could read")
         return LINEAR
-    experts = [key for key, value in base.named_parameters(recurse=False) if value.dim() == 3]
+    experts = expert_parameters(base)
+    if any(is_quantised_weight(getattr(base, key)) for key in experts):
+        raise TypeError(f"the experts '{name}' are quantised; Folklora adapts experts in floating point only")
     if experts:
-        raise TypeError(
-            f"layer '{name}' ({type(base).__name__}) holds its experts' weights in three-dimensional parameters "
-            f"({', '.join(experts)}), which Folklora cannot adapt yet; target its attention layers"
-        )
+        return EXPERTS
     raise TypeError(
-        f"layer '{name}' is a {type(base).__name__}; Folklora adapts linear, embedding and convolution layers"
+        f"layer '{name}' is a {type(base).__name__}; "
+        "Folklora adapts linear, embedding and convolution layers and experts"
     )
+
+
+def expert_parameters(base: nn.Module) -> list[str]:
+    """Names of a module's own parameters that stack one matrix an expert; empty where it holds no experts."""
+    shapes = {key: value.shape for key, value in base.named_parameters(recurse=False) if value.dim() == 3}
+    counts = {shape[0] for shape in shapes.values()}
+    return list(shapes) if len(counts) == 1 and min(counts) > 1 else []
+
+
+def experts_transposed(base: nn.Module) -> bool:
+    """Whether the matrices are [in, out], as transformers marks its experts, or as a batched product needs them."""
+    return getattr(base, "is_transposed", True)
+
+
+def expert_matrices(base: nn.Module, key: str) -> Tensor:
+    """One parameter of an experts module as matrices [experts, out, in]."""
+    weight = getattr(base, key).detach()
+    return weight.mT if experts_transposed(base) else weight
 
 
 def is_quantised(base: nn.Module) -> bool:
     """Whether the layer stores its weight in fewer bits than floating point."""
-    weight = getattr(base, "weight", None)
-    return weight is None or not torch.is_floating_point(weight) or weight.element_size() < 2
+    return is_quantised_weight(getattr(base, "weight", None))
+
+
+def is_quantised_weight(weight: Tensor | None) -> bool:
+    """Whether a weight is stored in fewer bits than floating point."""
+    if weight is None or not torch.is_floating_point(weight) or weight.element_size() < 2:
+        return True
+    # torchao's tensors pass for floating point; what is sharded over processes is made of wrappers too
+    return is_traceable_wrapper_subclass(weight) and not hasattr(weight, "full_tensor")

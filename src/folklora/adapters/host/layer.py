@@ -7,17 +7,17 @@ import math
 import weakref
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from folklora.adapters.base import AdapterConfig, Update, zeros
-from folklora.adapters.host.kinds import is_quantised, kind_of
+from folklora.adapters.host.call import CallContext
+from folklora.adapters.host.kinds import is_quantised_weight, kind_of
+from folklora.adapters.host.merge import merge, unmerge, with_added
 from folklora.adapters.host.siblings import Offer, offered, share
 from folklora.factored import Factors, concatenate
 
@@ -29,25 +29,6 @@ _QUANTISED_COSINE = 0.9
 # by order of creation, so that all processes gather sharded parameters in one order
 LIVE_LAYERS: weakref.WeakValueDictionary[int, FolkloraLayer] = weakref.WeakValueDictionary()
 _serial = itertools.count()
-
-
-@dataclass
-class CallContext:
-    """What a forward pass tells the layers of one model.
-
-    Args:
-        rows: The adapter of each row of the batch ("__base__" for none), or None where all rows share the active ones.
-        masks: Attention masks [batch, positions] of this call, a decoder's own before its encoder's.
-        before: How many positions a cache holds that come before this call's.
-    """
-
-    rows: list[str] | None = None
-    masks: tuple[Tensor, ...] = ()
-    before: int = 0
-
-    def mask_for(self, x: Tensor) -> Tensor | None:
-        """The mask of the very positions of an input [batch, positions, width], if it is known."""
-        return next((mask for mask in self.masks if mask.shape == x.shape[:-1]), None)
 
 
 class FolkloraLayer(nn.Module, BaseTunerLayer):
@@ -67,13 +48,14 @@ class FolkloraLayer(nn.Module, BaseTunerLayer):
         self.base_layer = base_layer
         self.name, self.context = name, context
         self.kind = kind_of(base_layer, name)
+        if self.kind.has_matrix:
+            self.out_features, self.in_features = self.kind.shape(base_layer)
         self.folklora_updates = nn.ModuleDict()
         self.dropouts: dict[str, float] = {}
         self.reductions: dict[str, str] = {}
         self.waiting: set[str] = set()
         self.merged_adapters: list[str] = []
-        self._unmerged_weight: nn.Parameter | None = None
-        self._unmerged_bias: nn.Parameter | None = None
+        self.unmerged: dict[str, nn.Parameter] = {}
         self.siblings: list[FolkloraLayer] = []
         self.offer: Offer | None = None
         LIVE_LAYERS[next(_serial)] = self
@@ -95,20 +77,16 @@ class FolkloraLayer(nn.Module, BaseTunerLayer):
             waiting: Make it without values: saved ones will be loaded.
             trainable: Whether its parameters ask for gradients.
         """
-        base = self.get_base_layer()
+        update = self._new_update(config, waiting)
         if waiting:
-            update = config.empty(self.kind.shape(base))
             self.waiting.add(adapter_name)
-        elif config.needs:
-            matrix = self.kind.matrix(base)
-            stats = {kind: value.to(matrix.device) for kind, value in config.statistics[self.name].items()}
-            update = config.update(matrix, stats)
-        else:
-            update = config.update(self.kind.matrix(base))
+        update.placed(self, adapter_name)
         sample = self.sample_base()
-        bias = getattr(base, "bias", None) if config.train_bias else None
+        bias = getattr(self.get_base_layer(), "bias", None) if config.train_bias else None
         update.register_parameter("bias_change", None if bias is None else zeros(*bias.shape, like=bias))
         update.base_sample = nn.Parameter(sample.fill_(math.nan) if waiting else sample, requires_grad=False)
+        if adapter_name in self.context.shared:
+            update.share(self.context.shared[adapter_name])
         for parameter in update.parameters():
             # FSDP2 shards only what lies in one piece, and a transposed factor does not
             parameter.data = parameter.data.contiguous()
@@ -120,6 +98,20 @@ class FolkloraLayer(nn.Module, BaseTunerLayer):
         self._freeze_non_trainable_peft_weights(adapter_name)
         self.set_adapter(self.active_adapters)
 
+    def _new_update(self, config: AdapterConfig, waiting: bool) -> Update:
+        base = self.get_base_layer()
+        if waiting:
+            return config.empty(self.kind.shape(base))
+        matrix = self.kind.matrix(base)
+        if not config.needs:
+            return config.update(matrix)
+        stats = {kind: value.to(matrix.device) for kind, value in config.statistics[self.name].items()}
+        return config.update(matrix, stats)
+
+    def stored_weight(self) -> Tensor:
+        """The base's weight as it is stored, or one of several."""
+        return self.get_base_layer().weight
+
     def derive(self, adapter_name: str, saved: dict[str, Tensor]) -> dict[str, Tensor]:
         """What an update's saved values leave out, made again from the base weight, by parameter name."""
         update = self.folklora_updates[adapter_name]
@@ -128,33 +120,35 @@ class FolkloraLayer(nn.Module, BaseTunerLayer):
         made = update.derive(self.kind.matrix(self.get_base_layer()), saved, self.name)
         return {key: value.contiguous() for key, value in made.items()}
 
+    def updates_elsewhere(self, adapter_name: str) -> list[Update]:
+        """The adapter's updates on the model's other layers, in the order in which they were made."""
+        layers = [layer for layer in LIVE_LAYERS.values() if layer.context is self.context and layer is not self]
+        return [layer.folklora_updates[adapter_name] for layer in layers if adapter_name in layer.folklora_updates]
+
     def sample_base(self) -> Tensor:
-        """SAMPLES evenly spaced elements of the base weight, float32: enough to tell one base from another."""
-        flat = self.kind.matrix(self.get_base_layer()).reshape(-1)
-        step = max(1, flat.numel() // SAMPLES)
-        return flat[::step][:SAMPLES].float().clone()
+        """Evenly spaced elements of the base weight, float32: enough to tell one base from another."""
+        return evenly_spaced(self.kind.matrix(self.get_base_layer()))
 
     def fits_base(self, sample: Tensor) -> bool:
         """Whether a saved sample is of this base, up to one rounding (on a quantised layer: points the same way)."""
-        base = self.get_base_layer()
-        if base.weight.device.type == "meta":
+        if self.stored_weight().device.type == "meta":
             return True
         own, sample = self.sample_base().cpu(), sample.detach().float().cpu()
-        if is_quantised(base):
+        if is_quantised_weight(self.stored_weight()):
             return bool(F.cosine_similarity(own, sample, dim=0) > _QUANTISED_COSINE)
         return torch.allclose(own, sample, rtol=_SAME, atol=_SMALLEST)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base layer's output plus every active update's."""
-        if self._disable_adapters:
-            self.unmerge()
-        if self._disable_adapters or self.merged_adapters:
-            return self.base_layer(x, *args, **kwargs)
-        names = self._names_in_use()
+        names = self._names_to_apply()
         if not names:
             return self.base_layer(x, *args, **kwargs)
-        if self.waiting:
-            self.admit_loaded(names)
+        functions = [name for name in names if self.folklora_updates[name].is_function]
+        if functions:
+            return self._forward_with_functions(x, functions, [name for name in names if name not in functions])
+        return self._forward_factored(x, names)
+
+    def _forward_factored(self, x: Tensor, names: list[str]) -> Tensor:
         dropped = [name for name in names if self.training and self.dropouts[name] > 0]
         if dropped:
             return self._forward_with_dropout(x, names)
@@ -171,7 +165,10 @@ class FolkloraLayer(nn.Module, BaseTunerLayer):
         return self._with_biases(y, x, names)
 
     def current_factors(self, x: Tensor) -> Factors | None:
-        """All that the active adapters add for x, or None where the layer's call would not be the base's plus that."""
+        """All that the active adapters add for x; None where the layer's call would not be the base's plus that.
+
+        And none where one of them counts its passes: a sibling asks before it is sure that this layer reads x.
+        """
         names = self._names_in_use()
         if not names or self._disable_adapters or self.merged_adapters:
             return None
@@ -179,11 +176,25 @@ class FolkloraLayer(nn.Module, BaseTunerLayer):
             self.admit_loaded(names)
         if self.training and any(self.dropouts[name] > 0 for name in names):
             return None
+        updates = [self.folklora_updates[name] for name in names]
+        if any(update.is_function or update.counts_passes for update in updates):
+            return None
         return self._sum(names, x)
 
     def _sum(self, names: list[str], x: Tensor) -> Factors:
         made = self._corrections_made(names)
         return concatenate([self._factors(name, x, corrects=name not in made) for name in names])
+
+    def _forward_with_functions(self, x: Tensor, functions: list[str], factored: list[str]) -> Tensor:
+        base = self.base_layer(x)
+        y = self._forward_factored(x, factored) if factored else base
+        for name in functions:
+            _, *known = self._inputs(name, x)
+            added = self.folklora_updates[name].function(x, base, *known)
+            if added is not None:
+                gate = self.context.own_rows(name, x, self.name)
+                y = y + (added if gate is None else gate.to(added.dtype) * added)
+        return self._with_biases(y, x, functions)
 
     def _forward_with_dropout(self, x: Tensor, names: list[str]) -> Tensor:
         whole: list[Factors] = []
@@ -196,7 +207,7 @@ class FolkloraLayer(nn.Module, BaseTunerLayer):
                 whole.append(self._factors(name, x, corrects=name not in made))
                 continue
             learned, fixed = self.folklora_updates[name].split(*self._inputs(name, x))
-            gate = self._row_gate(name, x)
+            gate = self.context.own_rows(name, x, self.name)
             by_dropout[p].append(learned if gate is None else learned.scale(gate))
             if fixed is not None and name not in made:
                 whole.append(fixed if gate is None else fixed.scale(gate))
@@ -215,20 +226,32 @@ class FolkloraLayer(nn.Module, BaseTunerLayer):
             change = self.folklora_updates[name].bias_change
             if change is not None:
                 change = self.kind.per_output(self.get_base_layer(), change.to(y.dtype))
-                gate = self._row_gate(name, x)
+                gate = self.context.own_rows(name, x, self.name)
                 y = y + (change if gate is None else gate.to(y.dtype) * change)
         return y
+
+    def _names_to_apply(self) -> list[str]:
+        """The adapters that this pass adds to the base layer's output; none where they are disabled or merged."""
+        if self._disable_adapters:
+            self.unmerge()
+        if self._disable_adapters or self.merged_adapters:
+            return []
+        names = self._names_in_use()
+        if self.waiting:
+            self.admit_loaded(names)
+        return names
 
     def _names_in_use(self) -> list[str]:
         names = self.active_adapters if self.context.rows is None else sorted(set(self.context.rows))
         return [name for name in names if name in self.folklora_updates]
 
-    def _inputs(self, name: str, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def _inputs(self, name: str, x: Tensor) -> tuple[Tensor | None, ...]:
         update = self.folklora_updates[name]
         if not update.gated:
             return None, None
         update.before = self.context.before
-        return x, self.context.mask_for(x)
+        mask = self.context.own_mask(name, x, self.name)
+        return (x, mask, self.context.class_gate(name, x, self.name)) if update.reads_classes else (x, mask)
 
     def _corrections_made(self, names: list[str]) -> set[str]:
         """Adapters whose correction of the base another one's contains; taken out twice, it would change its sign."""
@@ -242,23 +265,8 @@ class FolkloraLayer(nn.Module, BaseTunerLayer):
 
     def _factors(self, name: str, x: Tensor, corrects: bool = True) -> Factors:
         factors = _factors_of(self.folklora_updates[name], corrects, *self._inputs(name, x))
-        gate = self._row_gate(name, x)
+        gate = self.context.own_rows(name, x, self.name)
         return factors if gate is None else factors.scale(gate)
-
-    def _row_gate(self, name: str, x: Tensor) -> Tensor | None:
-        rows = self.context.rows
-        if rows is None:
-            return None
-        if x.shape[0] % len(rows):
-            raise ValueError(
-                f"adapter_names has {len(rows)} entries, and the batch of {x.shape[0]} rows that layer '{self.name}' "
-                "sees is no multiple of that"
-            )
-        dtype = x.dtype if x.is_floating_point() else self.base_layer.weight.dtype
-        gate = torch.tensor([row == name for row in rows], device=x.device).to(dtype)
-        # beams, and tokens that a router flattened, stand in equal runs of their row
-        gate = gate.repeat_interleave(x.shape[0] // len(rows))
-        return gate.view(-1, *([1] * (x.dim() - 1 if x.is_floating_point() else x.dim())))
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Replace the weight by W + ΔW in a new tensor; the base's own tensor is kept aside untouched.
@@ -266,77 +274,17 @@ class FolkloraLayer(nn.Module, BaseTunerLayer):
         Raises:
             ValueError: An update depends on its input, the weight is quantised or not finite after merging.
         """
-        names = check_adapters_to_merge(self, adapter_names)
-        names = [name for name in names if name in self.folklora_updates]
-        if not names:
-            return
-        base = self.get_base_layer()
-        self.admit_loaded(names)
-        self._check_mergeable(names)
-        # together with those merged before, since corrections of the base do not add up
-        together = [*self.merged_adapters, *names]
-        merged, bias = self._merged_weight(together), self._merged_bias(together)
-        if safe_merge and not torch.isfinite(merged).all():
-            raise ValueError(f"merging {', '.join(names)} into layer '{self.name}' gives values that are not finite")
-        if self._unmerged_weight is None:
-            self._unmerged_weight, self._unmerged_bias = base.weight, getattr(base, "bias", None)
-        base.weight = nn.Parameter(merged.contiguous(), requires_grad=False)
-        if bias is not None:
-            base.bias = nn.Parameter(bias, requires_grad=False)
-        self.merged_adapters.extend(names)
-
-    @torch.no_grad()
-    def _merged_weight(self, names: list[str]) -> Tensor:
-        base, made = self.get_base_layer(), self._corrections_made(names)
-        present = base.weight
-        if self._unmerged_weight is not None:
-            base.weight = self._unmerged_weight
-        try:
-            matrix = self.kind.matrix(base)
-            precise = torch.promote_types(matrix.dtype, torch.float32)
-            parts = [_factors_of(self.folklora_updates[name], name not in made) for name in names]
-            total = concatenate(parts).dense()
-            return self.kind.layout(base, (matrix.to(precise) + total.to(precise)).to(matrix.dtype))
-        finally:
-            base.weight = present
-
-    @torch.no_grad()
-    def _merged_bias(self, names: list[str]) -> Tensor | None:
-        changes = [self.folklora_updates[name].bias_change for name in names]
-        changes = [change for change in changes if change is not None]
-        if not changes:
-            return None
-        own = self._unmerged_bias if self.merged_adapters else self.get_base_layer().bias
-        return (own.float() + sum(changes)).to(own.dtype)
+        merge(self, check_adapters_to_merge(self, adapter_names), finite=safe_merge)
 
     def unmerge(self) -> None:
-        """Put the base's own weight back, bit for bit."""
-        if self._unmerged_weight is None:
-            return
-        base = self.get_base_layer()
-        base.weight = self._unmerged_weight
-        if self._unmerged_bias is not None:
-            base.bias = self._unmerged_bias
-        self._unmerged_weight = self._unmerged_bias = None
-        self.merged_adapters.clear()
+        """Put the base's own weights back, bit for bit."""
+        unmerge(self)
 
-    def _check_mergeable(self, names: list[str]) -> None:
-        gated = [name for name in names if self.folklora_updates[name].gated]
-        if gated:
-            raise ValueError(
-                f"adapter {', '.join(gated)} cannot be merged into layer '{self.name}': its update depends on the "
-                "layer's input, so no single weight equals it"
-            )
-        if parametrize.is_parametrized(self.get_base_layer(), "weight"):
-            raise ValueError(
-                f"layer '{self.name}' computes its weight from other parameters (a parametrization), which merging "
-                "would have to change; remove the parametrization to merge"
-            )
-        if is_quantised(self.get_base_layer()):
-            raise ValueError(
-                f"layer '{self.name}' is quantised; merging would need its weight in floating point: load the base "
-                "model unquantised to merge"
-            )
+    def merged_weights(self, names: list[str]) -> dict[str, Tensor]:
+        """The base's own parameters with these adapters' updates added, by name."""
+        made = self._corrections_made(names)
+        total = concatenate([_factors_of(self.folklora_updates[name], name not in made) for name in names])
+        return with_added(self, names, total)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove one adapter's update from this layer."""
@@ -344,6 +292,8 @@ class FolkloraLayer(nn.Module, BaseTunerLayer):
         self.dropouts.pop(adapter_name, None)
         self.reductions.pop(adapter_name, None)
         self.waiting.discard(adapter_name)
+        if adapter_name in self.context.shared:
+            del self.context.shared[adapter_name]
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether the update is a fixed matrix of finite rank."""
@@ -358,7 +308,10 @@ class FolkloraLayer(nn.Module, BaseTunerLayer):
         # PEFT's own would also cast the float32 masters to the base's dtype
         update = self.folklora_updates[adapter_name]
         if not any(parameter.is_meta for parameter in update.parameters()):
-            update.to(self.get_base_layer().weight.device if device is None else device)
+            device = self.stored_weight().device if device is None else device
+            update.to(device)
+            if update.shared is not None:
+                update.shared.to(device)
 
     def _freeze_non_trainable_peft_weights(self, adapter_names: str | list[str] | None = None) -> None:
         wanted = [adapter_names] if isinstance(adapter_names, str) else adapter_names
@@ -366,7 +319,7 @@ class FolkloraLayer(nn.Module, BaseTunerLayer):
             if wanted is not None and name not in wanted:
                 continue
             frozen = update.frozen_parameters() | {"base_sample"}
-            for key, parameter in update.named_parameters():
+            for key, parameter in itertools.chain(update.named_parameters(), (update.shared or {}).items()):
                 if key in frozen:
                     parameter.requires_grad_(False)
                     # what was trained until now must not count in a later clipping of gradients
@@ -394,6 +347,13 @@ class FolkloraLayer(nn.Module, BaseTunerLayer):
     def extra_repr(self) -> str:
         """Which adapters the layer carries."""
         return ", ".join(f"{name}={type(update).__name__}" for name, update in self.folklora_updates.items())
+
+
+def evenly_spaced(weight: Tensor) -> Tensor:
+    """SAMPLES evenly spaced elements of a weight, float32."""
+    flat = weight.reshape(-1)
+    step = max(1, flat.numel() // SAMPLES)
+    return flat[::step][:SAMPLES].float().clone()
 
 
 def _factors_of(update: Update, corrects: bool, *inputs: Tensor | None) -> Factors:

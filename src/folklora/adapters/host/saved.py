@@ -1,11 +1,15 @@
-"""Checks on saved adapter values before they are put into a model."""
+"""Adapter values that come from elsewhere: checks on saved ones, and adapters made from another one's."""
 
 from __future__ import annotations
 
 import torch
+from peft import PeftModel
+from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from folklora.adapters.host.layer import FolkloraLayer
+from folklora.adapters.base import AdapterConfig
+from folklora.adapters.host.layer import FolkloraLayer, updates_of
+from folklora.adapters.host.shared import SHARED
 
 _PREFIX = "base_model.model."
 
@@ -37,6 +41,7 @@ def check_saved_values(model: nn.Module, adapter_name: str, values: dict[str, Te
     }
     for path, layer in carriers.items():
         problems += _layer_problems(layer, adapter_name, f"{path}.folklora_updates.{adapter_name}.", values)
+    problems += _shared_problems(next(iter(carriers.values()), None), adapter_name, values)
     saved = {key.partition(".folklora_updates.")[0] for key in values if ".folklora_updates." in key}
     problems += [f"  values for '{path}', which is no adapted layer here" for path in sorted(saved - set(carriers))]
     if problems:
@@ -46,7 +51,7 @@ def check_saved_values(model: nn.Module, adapter_name: str, values: dict[str, Te
     derived: dict[str, Tensor] = {}
     for path, layer in carriers.items():
         # what is not saved must be made from the base weight, which may still be absent
-        if layer.folklora_updates[adapter_name].unsaved and layer.get_base_layer().weight.is_meta:
+        if layer.folklora_updates[adapter_name].unsaved and layer.stored_weight().is_meta:
             continue
         derived |= _derived(layer, adapter_name, f"{path}.folklora_updates.{adapter_name}.", values)
         layer.waiting.discard(adapter_name)
@@ -58,19 +63,58 @@ def _derived(layer: FolkloraLayer, adapter_name: str, prefix: str, values: dict[
     return {prefix + key: value for key, value in layer.derive(adapter_name, own).items()}
 
 
+@torch.no_grad()
+def add_with_values(
+    model: PeftModel, name: str, config: AdapterConfig, values: dict[str, dict[str, Tensor]], source: str
+) -> None:
+    """Add an adapter whose values are computed from those of another one on the same model; nothing is decomposed.
+
+    Args:
+        model: The model that carries the other one.
+        name: The new adapter's name.
+        config: The new adapter's options; its layers have to be the other one's.
+        values: The parameters of its update on each layer, by the layer's name.
+        source: The other one, whose trained modules (`modules_to_save`) are copied.
+    """
+    config.restoring = True
+    model.add_adapter(name, config)
+    for layer, update in updates_of(model, name):
+        known = {**values[layer.name], "base_sample": layer.folklora_updates[source].base_sample}
+        for key, parameter in update.named_parameters():
+            parameter.copy_(known[key])
+    for module in model.modules():
+        if isinstance(module, ModulesToSaveWrapper) and name in module.modules_to_save:
+            module.modules_to_save[name].load_state_dict(module.modules_to_save[source].state_dict())
+
+
 def _layer_problems(layer: FolkloraLayer, adapter_name: str, prefix: str, values: dict[str, Tensor]) -> list[str]:
-    problems = []
+    problems, where = [], f"layer '{layer.name}'"
     update = layer.folklora_updates[adapter_name]
-    for key, parameter in update.named_parameters():
+    for key, own in update.state_dict().items():
         if key in update.unsaved:
             continue
         saved = values.get(prefix + key)
-        if saved is None:
-            problems.append(f"  layer '{layer.name}': no value for {key}")
-        elif saved.shape != parameter.shape:
-            problems.append(f"  layer '{layer.name}': {key} has shape {list(saved.shape)}, not {list(parameter.shape)}")
-        elif not torch.isfinite(saved).all():
-            problems.append(f"  layer '{layer.name}': {key} holds values that are not finite")
-        elif key == "base_sample" and not layer.fits_base(saved):
-            problems.append(f"  layer '{layer.name}': the adapter was made for another base model's weights")
+        found = _value_problems(where, key, own, saved)
+        if key == "base_sample" and not found and not layer.fits_base(saved):
+            found = [f"  {where}: the adapter was made for another base model's weights"]
+        problems += found
     return problems
+
+
+def _shared_problems(layer: FolkloraLayer | None, adapter_name: str, values: dict[str, Tensor]) -> list[str]:
+    prefix = f"{SHARED}.{adapter_name}."
+    saved = {key.removeprefix(prefix): value for key, value in values.items() if key.startswith(prefix)}
+    shared = {} if layer is None or adapter_name not in layer.context.shared else layer.context.shared[adapter_name]
+    where = "what its layers share"
+    problems = [p for key, own in shared.items() for p in _value_problems(where, key, own, saved.get(key))]
+    return problems + [f"  {where}: {key} is not known here" for key in sorted(set(saved) - set(shared))]
+
+
+def _value_problems(where: str, key: str, own: Tensor, saved: Tensor | None) -> list[str]:
+    if saved is None:
+        return [f"  {where}: no value for {key}"]
+    if saved.shape != own.shape:
+        return [f"  {where}: {key} has shape {list(saved.shape)}, not {list(own.shape)}"]
+    if not torch.isfinite(saved).all():
+        return [f"  {where}: {key} holds values that are not finite"]
+    return []

@@ -71,12 +71,13 @@ def share(layer: FolkloraLayer, x: Tensor, factors: Factors) -> SharedInput | No
     Returns:
         The layer's part, or None where there is nobody to share with.
     """
-    if torch.compiler.is_compiling() or not _fits(layer, x, factors):
+    if torch.compiler.is_compiling() or not (_fits(layer, x) and _here(factors, x)):
         return None
     others, parts = [], [factors]
     for sibling in layer.siblings:
-        theirs = sibling.current_factors(x)
-        if theirs is not None and _fits(sibling, x, theirs):
+        # asked last: gates that are computed may leave marks of the pass
+        theirs = sibling.current_factors(x) if _fits(sibling, x) else None
+        if theirs is not None and _here(theirs, x):
             others.append(sibling)
             parts.append(theirs)
     if not others:
@@ -87,8 +88,13 @@ def share(layer: FolkloraLayer, x: Tensor, factors: Factors) -> SharedInput | No
     return own
 
 
-def _fits(layer: FolkloraLayer, x: Tensor, factors: Factors) -> bool:
+def _fits(layer: FolkloraLayer, x: Tensor) -> bool:
     base = layer.get_base_layer()
-    # a replica of nn.DataParallel has its siblings on another device; FSDP may hold a sibling's factors sharded
-    here = factors.A.device == x.device and not hasattr(factors.A, "full_tensor") and x.is_floating_point()
-    return here and not getattr(layer, "_is_replica", False) and is_plain(base) and base.in_features == x.shape[-1]
+    # a replica of nn.DataParallel has its siblings on another device
+    plain = is_plain(base) and not getattr(layer, "_is_replica", False)
+    return plain and x.is_floating_point() and base.in_features == x.shape[-1]
+
+
+def _here(factors: Factors, x: Tensor) -> bool:
+    # FSDP may hold a sibling's factors sharded
+    return factors.A.device == x.device and not hasattr(factors.A, "full_tensor")

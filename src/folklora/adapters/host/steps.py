@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.optim.optimizer import (
     Optimizer,
     register_optimizer_step_post_hook,
@@ -22,6 +21,7 @@ from torch.optim.optimizer import (
 
 from folklora.adapters.base import Update
 from folklora.adapters.host.layer import LIVE_LAYERS, FolkloraLayer, layers_of
+from folklora.adapters.host.stacks import call_with
 
 _handles: list[Any] = []
 
@@ -80,7 +80,7 @@ def _penalties(
     counts: dict[tuple[int, str], int] = defaultdict(int)
     groups: dict[tuple, list[tuple[FolkloraLayer, str, Update]]] = defaultdict(list)
     for layer, name, update in updates:
-        counts[id(layer.context), name] += 1
+        counts[id(layer.context), name] += update.weights
         alike = tuple((key, p.shape, p.dtype, p.device) for key, p in update.named_parameters())
         apart = None if update.batched_penalty else id(update)
         groups[id(layer.context), name, type(update), alike, apart].append((layer, name, update))
@@ -100,13 +100,13 @@ def _group_penalty(updates: list[Update], trained: list[dict[str, nn.Parameter]]
         return None, []
     wholes = [_gathered(update) for update in updates]
     pairs = [(p, whole.get(key, p)) for named, whole in zip(trained, wholes, strict=True) for key, p in named.items()]
-    first = _call(updates[0], "penalty", wholes[0])
+    first = call_with(updates[0], "penalty", wholes[0])
     if len(updates) == 1 or first is None:
         return first, pairs
     full = [{**dict(u.named_parameters()), **whole} for u, whole in zip(updates, wholes, strict=True)]
     keys = [key for key, p in full[0].items() if p.requires_grad or key in updates[0].penalty_reads]
     stacked = {key: torch.stack([parameters[key] for parameters in full]) for key in keys}
-    return torch.func.vmap(lambda one: _call(updates[0], "penalty", one))(stacked).sum(), pairs
+    return torch.func.vmap(lambda one: call_with(updates[0], "penalty", one))(stacked).sum(), pairs
 
 
 @torch.no_grad()
@@ -117,21 +117,6 @@ def _gathered(update: Update) -> dict[str, nn.Parameter]:
         return {}
     full = {key: p.full_tensor() if hasattr(p, "full_tensor") else p for key, p in named.items()}
     return {key: nn.Parameter(value.detach(), named[key].requires_grad) for key, value in full.items()}
-
-
-def _call(update: Update, method: str, parameters: dict[str, Tensor]) -> Any:
-    if not parameters:
-        return getattr(update, method)()
-    return functional_call(_Method(update, method), {f"update.{key}": value for key, value in parameters.items()}, ())
-
-
-class _Method(nn.Module):
-    def __init__(self, update: Update, method: str) -> None:
-        super().__init__()
-        self.update, self.method = update, method
-
-    def forward(self) -> Any:
-        return getattr(self.update, self.method)()
 
 
 def _sharded_like(parameter: nn.Parameter, value: Tensor) -> Tensor:
@@ -177,7 +162,7 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             if not any(id(p) in held for p in update.parameters()):
                 continue
             whole = _gathered(update)
-            _call(update, "after_step", whole)
+            call_with(update, "after_step", whole)
             for key, parameter in update.named_parameters():
                 if key in whole:
                     parameter.copy_(_sharded_like(parameter, whole[key]))
