@@ -19,7 +19,7 @@ steps and 3 to 5 forward passes to score (some 192 short ones more for BLEU); a 
 
     python benchmarks/adapters.py --model MODEL --data DATA --out OUT --tiny
 
-does the same with random weights of tiny sizes, in about a minute on one core of a CPU; its numbers mean nothing.
+does the same with random weights of tiny sizes, in a minute or two on one core of a CPU; its numbers mean nothing.
 """
 
 from __future__ import annotations
