@@ -14,13 +14,13 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import multiprocessing
-import os
 import statistics
 import time
-import traceback
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from jobs import file_name, records, work
 
 ORDERS = ("order1", "order2", "order3")
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -40,12 +40,17 @@ LONGEST_TEXT = 1200  # characters; the question around the text is never cut
 def main() -> None:
     options = arguments()
     options.out.mkdir(parents=True, exist_ok=True)
-    deadline = time.monotonic() + 60 * options.minutes
+    deadline = time.time() + 60 * options.minutes
     if options.stage in ("tune", "both"):
-        work(tuning_jobs(options), options, deadline)
+        do(tuning_jobs(options), options, deadline)
     if options.stage in ("run", "both"):
-        work(final_jobs(options), options, deadline)
+        do(final_jobs(options), options, deadline)
     write_tables(options)
+
+
+def do(jobs: list[dict[str, Any]], options: argparse.Namespace, deadline: float) -> None:
+    named = [(job_name(job), job) for job in jobs]
+    work(named, partial(learn_one, options=options), options.out, workers=options.workers, deadline=deadline)
 
 
 def arguments() -> argparse.Namespace:
@@ -89,61 +94,18 @@ def final_jobs(options: argparse.Namespace) -> list[dict[str, Any]]:
 def best_rates(options: argparse.Namespace) -> dict[str, tuple[float, float]]:
     """Method → (learning rate, its average accuracy on held-out training examples)."""
     best: dict[str, tuple[float, float]] = {}
-    for record in records(options, "tune"):
+    for record in records(options.out, "tune"):
         key, score = record["method"], record["entry"]["average_accuracy"]
         if key not in best or score > best[key][1]:
             best[key] = (record["rate"], score)
     return best
 
 
-def records(options: argparse.Namespace, kind: str) -> list[dict[str, Any]]:
-    return [json.loads(path.read_text()) for path in sorted(options.out.glob(f"{kind}-*.json"))]
-
-
 def job_name(job: dict[str, Any]) -> str:
-    words = (job["kind"], job["method"], job["names"], job["order"], f"seed{job['seed']}", f"{job['rate']:g}")
-    return "-".join("".join(c if c.isalnum() or c in ".-" else "_" for c in word) for word in words) + ".json"
+    return file_name(job["kind"], job["method"], job["names"], job["order"], f"seed{job['seed']}", f"{job['rate']:g}")
 
 
-def work(jobs: list[dict[str, Any]], options: argparse.Namespace, deadline: float) -> None:
-    todo = [job for job in jobs if not (options.out / job_name(job)).is_file()]
-    print(f"{len(todo)} of {len(jobs)} runs to do", flush=True)
-    if options.workers == 1 or len(todo) < 2:
-        for job in todo:
-            if time.monotonic() < deadline:
-                print(learn_one(job, options), flush=True)
-        return
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(min(options.workers, len(todo)), _take_device) as pool:
-        pending = [(job, options, time.time() + deadline - time.monotonic()) for job in todo]
-        lines = []
-        for line in pool.imap_unordered(_guarded, pending):
-            print(line, flush=True)
-            lines.append(line)
-    if any(line.startswith("failed") for line in lines):
-        raise SystemExit("some runs failed; the finished ones are kept, and running this again goes on")
-
-
-def _take_device() -> None:
-    """Give this worker one of the GPUs in turn; before torch looks for them."""
-    import torch
-
-    count, place = torch.cuda.device_count(), multiprocessing.current_process()._identity[0] - 1
-    if count > 1:
-        os.environ["CUDA_VISIBLE_DEVICES"] = str(place % count)
-
-
-def _guarded(packed: tuple[dict[str, Any], argparse.Namespace, float]) -> str:
-    job, options, deadline = packed
-    if time.time() > deadline:
-        return f"not begun: {job_name(job)}"
-    try:
-        return learn_one(job, options)
-    except Exception:
-        return f"failed: {job_name(job)}\n{traceback.format_exc()}"
-
-
-def learn_one(job: dict[str, Any], options: argparse.Namespace) -> str:
+def learn_one(job: dict[str, Any], options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     import tempfile
 
     import torch
@@ -169,10 +131,7 @@ def learn_one(job: dict[str, Any], options: argparse.Namespace) -> str:
         entry = results["methods"][method]
     entry["attention"] = entry["attention"] if job["kind"] == "run" and job["seed"] == 0 else None
     record = {**job, "entry": entry, "machine": results["machine"], "wall": round(time.perf_counter() - began, 1)}
-    path = options.out / job_name(job)
-    path.with_suffix(".part").write_text(json.dumps(record))
-    os.replace(path.with_suffix(".part"), path)
-    return f"{record['wall']:6.1f} s  AA {entry['average_accuracy']:5.1f}  {job_name(job)}"
+    return record, f"{record['wall']:6.1f} s  AA {entry['average_accuracy']:5.1f}  {job_name(job)}"
 
 
 def load_order(options: argparse.Namespace, order: str, *, named: bool) -> list[Any]:
@@ -197,7 +156,7 @@ def load_order(options: argparse.Namespace, order: str, *, named: bool) -> list[
 
 def write_tables(options: argparse.Namespace) -> None:
     """Mean and spread over seeds within an order, then the mean over orders."""
-    runs, best = records(options, "run"), best_rates(options)
+    runs, best = records(options.out, "run"), best_rates(options)
     lines = [
         "| prompt | method | learning rate | "
         + " | ".join(o.replace("order", "order ") for o in options.orders)

@@ -182,12 +182,13 @@ def _with_deviation(key: str, row: dict[str, Any]) -> str:
 
 
 def _setting_notes(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """For each row, the settings in which the rows of its method differ."""
+    """For each row, the settings in which rows of its method differ; those of some adapters alone, among these."""
     notes = []
     for row in rows:
         others = [other["settings"] for other in rows if other["method"] == row["method"]]
-        keys = dict.fromkeys(key for settings in others for key in settings)
-        differing = [key for key in keys if len({json.dumps(other.get(key), sort_keys=True) for other in others}) > 1]
+        alike = [settings for settings in others if settings.get("adapter") == row["settings"].get("adapter")]
+        keys = {key: others if all(key in s for s in others) else alike for settings in alike for key in settings}
+        differing = [k for k, group in keys.items() if len({json.dumps(s.get(k), sort_keys=True) for s in group}) > 1]
         notes.append(", ".join(f"{key}={json.dumps(row['settings'].get(key))}" for key in differing))
     return notes
 
@@ -203,8 +204,7 @@ def render_table(rows: Sequence[dict[str, Any]]) -> Table:
     for i, heading in enumerate(headings):
         table.add_column(heading, justify="left" if i < width else "right", overflow="fold")
     for row, texts in zip(rows, cells, strict=True):
-        narrow = [text.replace(" ± ", "±") for text in texts]
-        table.add_row(*_texts(narrow), style="bold" if row["over"] == "orders" else "")
+        table.add_row(*_texts([t.replace(" ± ", "±") for t in texts]), style="bold" if row["over"] == "orders" else "")
     return table
 
 

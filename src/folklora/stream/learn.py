@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import hashlib
 import platform
@@ -26,15 +25,15 @@ from transformers import (
 )
 
 import folklora
-from folklora.adapters.host.layer import layers_of
 from folklora.continual.base import ContinualMethod
 from folklora.stream import metrics
 from folklora.stream.calibration import calibrated
 from folklora.stream.evaluate import evaluate
 from folklora.stream.files import write_json
+from folklora.stream.fit import check_fit
 from folklora.stream.options import build_method, describe, split_options
 from folklora.stream.report import write_report
-from folklora.stream.run import Run, create_run
+from folklora.stream.run import Run, create_run, stored_parameters, unload
 from folklora.stream.tasks import Example, Task, hold_out, load_tasks
 from folklora.stream.tokens import encode, label_tokens
 from folklora.stream.train import TrainSettings, train_task
@@ -102,7 +101,7 @@ def learn(
     settings.micro_batch(PartialState().num_processes)
     base = _load_model(model, settings, trust_remote_code)
     reader = tokenizer or _load_tokenizer(model, base, trust_remote_code)
-    _check_fit(methods, base)
+    check_fit(methods, base)
     _check_texts(stream, reader, settings, metric, bool(base.config.is_encoder_decoder))
     request = _request(model, stream, methods, settings, metric, validation, seed)
     run = create_run(out, request, resume=resume, overwrite=overwrite)
@@ -164,7 +163,7 @@ class _Lesson:
         finally:
             self.method.route(model, 0, self.stages)
             model.base_model.enable_adapter_layers()
-            self.base = model.unload()
+            self.base = unload(model)
         return self._entry()
 
     def _stage(self, model: PeftModel, index: int) -> None:
@@ -263,14 +262,6 @@ class _Lesson:
         }
 
 
-def stored_parameters(model: PeftModel) -> int:
-    """How many numbers the model's adapters hold, frozen parts included; other adapters count what they train."""
-    own = [layer.folklora_updates for layer in layers_of(model)]
-    if own:
-        return sum(p.numel() for u in own for key, p in u.named_parameters() if not key.endswith("base_sample"))
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
-
-
 def _silent(**event: Any) -> None:
     """Say nothing."""
 
@@ -314,20 +305,6 @@ def _load_tokenizer(
     if not place:
         raise ValueError("a model that was not loaded from a folder needs its tokenizer: learn(..., tokenizer=...)")
     return AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code)
-
-
-def _check_fit(methods: Sequence[ContinualMethod], base: PreTrainedModel) -> None:
-    """Try every method's adapter on a copy without values, so that a wrong target or rank is found before training."""
-    for method in methods:
-        with torch.device("meta"):
-            shell = type(base)(copy.deepcopy(base.config))
-        config = copy.deepcopy(method.adapter)
-        if hasattr(config, "restoring"):
-            config.restoring = True
-        trial = copy.copy(method)
-        trial.adapter = config
-        with torch.device("meta"):
-            trial.start(shell)
 
 
 def _check_texts(

@@ -13,6 +13,7 @@ from peft import PeftConfig
 from folklora.adapters.base import AdapterConfig
 from folklora.continual.base import ContinualMethod
 from folklora.methods import adapter_class, find, methods
+from folklora.stream.peft_types import PREFIX, adapter_name, check_trainable, peft_config_class
 from folklora.stream.train import TrainSettings
 
 _HIDDEN = {field.name for field in dataclasses.fields(PeftConfig)} | {"method", "tasks"}
@@ -56,6 +57,8 @@ def split_options(
     Raises:
         ValueError: Options that neither training nor any of the methods knows, each with the nearest names.
     """
+    if options.get("adapter") is not None:
+        _check_adapter_taken(chosen)
     training = {field.name for field in dataclasses.fields(TrainSettings)}
     known = training | {"adapter"} | {name for one in chosen for name in method_options(one, options.get("adapter"))}
     problems = []
@@ -70,7 +73,7 @@ def split_options(
     return TrainSettings(**given), {name: value for name, value in options.items() if name not in training}
 
 
-def method_options(one: str | ContinualMethod, adapter: str | None = None) -> set[str]:
+def method_options(one: str | ContinualMethod, adapter: str | PeftConfig | None = None) -> set[str]:
     """The names of a method's own options and of its adapter's."""
     factory = _factory(one) if isinstance(one, str) else type(one)
     config = _adapter_type(one, factory, adapter)
@@ -83,20 +86,29 @@ def build_method(one: str | ContinualMethod, options: dict[str, Any]) -> Continu
 
     Args:
         one: A method's name, or an object, which is taken as it is where no option names a field of it.
-        options: By name; "adapter" names the adapter method that a continual method is to train.
+        options: By name; "adapter" is what a continual method is to train: an adapter method's name, `peft:` and the
+            name of one of PEFT's own types, or a `peft.PeftConfig`.
 
     Raises:
-        ValueError: The method is unknown, or refuses a value.
+        ValueError: The method or adapter is unknown, or refuses a value, or cannot be trained in a stream.
     """
     factory = _factory(one) if isinstance(one, str) else type(one)
-    config_type = _adapter_type(one, factory, options.get("adapter"))
+    adapter = options.get("adapter")
+    config_type = _adapter_type(one, factory, adapter)
     own = {f.name for f in dataclasses.fields(factory)} - {"adapter"}
     inner = {f.name for f in dataclasses.fields(config_type)} - _HIDDEN
     method_values = {k: _as_declared(factory, k, v) for k, v in options.items() if k in own}
     adapter_values = {k: _as_declared(config_type, k, v) for k, v in options.items() if k in inner}
     if isinstance(one, ContinualMethod):
-        return dataclasses.replace(one, adapter=_changed(one.adapter, adapter_values), **method_values)
-    return factory(adapter=config_type(**adapter_values), **method_values)
+        config = _changed(one.adapter, adapter_values)
+    elif isinstance(adapter, config_type):
+        config = _changed(adapter, adapter_values)
+    else:
+        config = config_type(**adapter_values)
+    check_trainable(config)
+    if isinstance(one, ContinualMethod):
+        return dataclasses.replace(one, adapter=config, **method_values)
+    return factory(adapter=config, **method_values)
 
 
 def _changed(config: PeftConfig, values: dict[str, Any]) -> PeftConfig:
@@ -111,8 +123,12 @@ def describe(method: ContinualMethod) -> dict[str, Any]:
     own = {f.name: getattr(method, f.name) for f in dataclasses.fields(method) if f.name != "adapter"}
     config = method.adapter
     inner = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name not in _HIDDEN}
-    name = config.method if isinstance(config, AdapterConfig) else str(config.peft_type).rpartition(".")[2].lower()
-    return json.loads(json.dumps({**own, "adapter": name, **inner}, default=sorted))
+    return json.loads(json.dumps({**own, "adapter": adapter_name(config), **inner}, default=_plain))
+
+
+def _plain(value: Any) -> Any:
+    # PEFT's configurations hold sets, and configurations of their parts
+    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) else sorted(value)
 
 
 def _factory(name: str) -> type[ContinualMethod]:
@@ -126,17 +142,36 @@ def _factory(name: str) -> type[ContinualMethod]:
     return find(name, "continual").factory
 
 
-def _adapter_type(one: str | ContinualMethod, factory: type, adapter: str | None) -> type[PeftConfig]:
+def _adapter_type(one: str | ContinualMethod, factory: type, adapter: str | PeftConfig | None) -> type[PeftConfig]:
     if isinstance(one, ContinualMethod):
         return type(one.adapter)
-    default = next(f for f in dataclasses.fields(factory) if f.name == "adapter").default_factory
-    if adapter is None or default().method == "am-lora":
-        return type(default())
-    return adapter_class(adapter)
+    default = _default_adapter(factory)
+    if adapter is None or _brings_its_own(factory):
+        return type(default)
+    if isinstance(adapter, PeftConfig):
+        return type(adapter)
+    if not isinstance(adapter, str):
+        raise ValueError(f"adapter must be a name or a peft.PeftConfig, not {adapter!r}")
+    return peft_config_class(adapter) if adapter.startswith(PREFIX) else adapter_class(adapter)
+
+
+def _default_adapter(factory: type[ContinualMethod]) -> PeftConfig:
+    return next(f for f in dataclasses.fields(factory) if f.name == "adapter").default_factory()
+
+
+def _brings_its_own(factory: type[ContinualMethod]) -> bool:
+    return _default_adapter(factory).method == "am-lora"
+
+
+def _check_adapter_taken(chosen: Sequence[str | ContinualMethod]) -> None:
+    if all(isinstance(one, ContinualMethod) or _brings_its_own(_factory(one)) for one in chosen):
+        names = ", ".join(one if isinstance(one, str) else one.method for one in chosen)
+        raise ValueError(f"adapter chooses what a method like seq-lora trains; {names} has an adapter of its own")
 
 
 def _as_declared(owner: type, name: str, value: Any) -> Any:
-    declared = str(next(f for f in dataclasses.fields(owner) if f.name == name).type)
+    kind = next(f for f in dataclasses.fields(owner) if f.name == name).type
+    declared = kind.__name__ if isinstance(kind, type) else str(kind)
     if isinstance(value, bool) and "bool" not in declared and ("int" in declared or "float" in declared):
         raise ValueError(f"{name} must be a number, not {value}")
     if isinstance(value, int) and not isinstance(value, bool) and "float" in declared and "int" not in declared:

@@ -18,12 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
+from peft.utils.other import ModulesToSaveWrapper
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from folklora.adapters.host.layer import layers_of
 from folklora.stream.files import read_json, replace_folder, write_json
 
 
@@ -243,3 +245,25 @@ def _check_readable(file: Path) -> None:
             pass
     except SafetensorError as error:
         raise RunError(f"{file} is not in safetensors format, or is damaged: {error}") from error
+
+
+def stored_parameters(model: PeftModel) -> int:
+    """How many numbers the model's adapters hold, frozen parts included; of PEFT's adapters, how many are saved."""
+    own = [layer.folklora_updates for layer in layers_of(model)]
+    if own:
+        return sum(p.numel() for u in own for key, p in u.named_parameters() if not key.endswith("base_sample"))
+    saved = (
+        get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False) for name in model.peft_config
+    )
+    return sum(value.numel() for values in saved for value in values.values())
+
+
+def unload(model: PeftModel) -> PreTrainedModel:
+    """The base model as it was before any adapter; PEFT leaves the trained copies of `modules_to_save` in it."""
+    base = model.base_model.model
+    wrapped = {name: part for name, part in base.named_modules() if isinstance(part, ModulesToSaveWrapper)}
+    originals = {name: part.original_module for name, part in wrapped.items()}
+    base = model.unload()
+    for name, original in originals.items():
+        base.set_submodule(name, original)
+    return base
