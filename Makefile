@@ -5,6 +5,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# two processes of one thread each: most tests are too small for a second thread to help
+PYTEST := -m pytest -n 2 --dist loadfile
 export TOKENIZERS_PARALLELISM = false
 
 .PHONY: demo test docs floor lint install clean
@@ -30,10 +32,10 @@ demo: install
 	$(BIN)/folklora learn --demo --out runs/demo --overwrite
 
 test: install
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST)
 
 floor: .venv-floor/.installed
-	.venv-floor/bin/python -m pytest
+	OMP_NUM_THREADS=1 .venv-floor/bin/python $(PYTEST)
 
 docs: install
 	$(BIN)/mkdocs build --strict
