@@ -32,6 +32,7 @@ from torch.nn.utils import get_total_norm
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import folklora
+from folklora.adapters.host.layer import layers_of
 from folklora.spectrum import bottom_factors, top_factors
 from folklora.stream.files import write_json
 
@@ -140,6 +141,8 @@ def injected(bench: Bench, contender: Contender) -> Iterator[tuple[nn.Module, di
             for index in range(1, contender.together):
                 model.add_adapter(f"other{index}", contender.config())
             model.base_model.set_adapter(list(model.peft_config))
+            for layer in layers_of(model) if contender.apart else ():
+                layer.siblings = []
             set_start(model, contender.same_start)
         for block in bench.base.model.layers if contender.compiled else []:
             block.compile(dynamic=False)

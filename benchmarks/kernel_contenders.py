@@ -27,6 +27,7 @@ class Contender:
     compiled: bool = False  # each decoder block is
     together: int = 1  # so many adapters of this kind are active
     rows: bool = False  # each for rows of its own
+    apart: bool = False  # layers that read one input share nothing
 
 
 PLAIN = Contender("frozen base")
@@ -46,6 +47,7 @@ def contenders(rank: int, mixed: bool, compiled: bool) -> list[Contender]:
         under = [replace(row, name=f"{row.name}, autocast", autocast=True) for row in rows]
         rows = [theirs, under[0], low, ours, under[1]]
     rows += [
+        replace(ours, name="Folklora LoRA, each layer apart", apart=True),
         replace(ours, name="Folklora LoRA, dropout 0.1", config=partial(LoRA, dropout=0.1, **common), same_start=False),
         eight,
         replace(eight, name="Folklora LoRA, 32 of rank 8 at once", together=32),
