@@ -172,14 +172,22 @@ def factored_linear(
     Returns:
         [..., out].
     """
-    x, weight = _autocast(x) if shared is None else shared.x, _autocast(weight)
-    bias = None if bias is None else _autocast(bias)
+    dtype = _autocast_dtype(x)
+    if shared is not None:
+        x = shared.x
+    elif dtype is not None:
+        x = x.to(dtype)
+    if dtype is not None:
+        weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
     s = factors.s
     if isinstance(s, Tensor) and s.dim() > 1:
         s = s.expand(*x.shape[:-1], factors.rank)
     if shared is None:
-        return _FactoredLinear.apply(x, weight, bias, factors.A, s, factors.B, dropout, None, None)
-    return _FactoredLinear.apply(x, weight, bias, None, s, factors.B, 0.0, shared.h, shared.gradient)
+        inputs = (x, weight, bias, factors.A, s, factors.B, dropout, None, None)
+    else:
+        inputs = (x, weight, bias, None, s, factors.B, 0.0, shared.h, shared.gradient)
+    # an autograd function costs time even where nothing is recorded, as in generation
+    return _FactoredLinear.apply(*inputs) if torch.is_grad_enabled() else _product(*inputs)[0]
 
 
 @dataclass(frozen=True)
@@ -234,17 +242,23 @@ def share_input(x: Tensor, parts: Sequence[Factors]) -> list[SharedInput]:
     Returns:
         One a layer, in order. Each may be used once.
     """
-    x, gradient = _autocast(x), GradientBuffer()
-    parts_of_h = _SharedProduct.apply(x, gradient, *(part.A for part in parts))
+    dtype = _autocast_dtype(x)
+    x, gradient = x if dtype is None else x.to(dtype), GradientBuffer()
+    factors = [part.A for part in parts]
+    if torch.is_grad_enabled():
+        parts_of_h = _SharedProduct.apply(x, gradient, *factors)
+    else:
+        parts_of_h = (x.reshape(-1, x.shape[-1]) @ torch.cat(factors).to(x.dtype).T).split([len(A) for A in factors], 1)
     return [SharedInput(x, h, gradient) for h in parts_of_h]
 
 
-def _autocast(x: Tensor) -> Tensor:
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What autocast computes in; None where it is off."""
     device = x.device.type
     # autocast leaves float64 alone, and knows nothing of the meta device
-    if x.dtype != torch.float64 and device != "meta" and torch.is_autocast_enabled(device):
-        return x.to(torch.get_autocast_dtype(device))
-    return x
+    if x.dtype == torch.float64 or device == "meta" or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
 
 
 def factored_update(x: Tensor, factors: Factors) -> Tensor:
@@ -262,6 +276,39 @@ def factored_update(x: Tensor, factors: Factors) -> Tensor:
     return F.linear(h * s, factors.B.to(h.dtype))
 
 
+def _product(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor | None,
+    s: Tensor | float,
+    B: Tensor,
+    dropout: float,
+    h: Tensor | None,
+    gradient: GradientBuffer | None,
+) -> tuple[Tensor, tuple[Tensor | None, ...], float]:
+    """The layer's output, what its gradient needs, and the number that went into the small factors."""
+    dtype = x.dtype
+    rows, b = x.reshape(-1, x.shape[-1]), B.to(dtype)
+    gate = s.to(dtype) if isinstance(s, Tensor) else None
+    if gate is not None and gate.dim() > 1:
+        # the rows in numbers: of rank 0, -1 could be any
+        gate = gate.reshape(rows.shape[0], s.shape[-1])
+    # a number goes into the small factors, so that nothing of the activations' length is multiplied with it
+    constant = 1.0 if gate is not None else s
+    a, kept = None, None
+    if A is not None:
+        a = (A * constant).to(dtype) if constant != 1 else A.to(dtype)
+        source, kept = torch.native_dropout(rows, dropout, True) if dropout else (rows, None)
+        h = source @ a.T
+    elif constant != 1:
+        b = (B * constant).to(dtype)
+    z = h if gate is None else h * gate
+    y = z @ b.T if bias is None else torch.addmm(bias, z, b.T)
+    y.addmm_(rows, weight.T)
+    return y.view(*x.shape[:-1], weight.shape[0]), (rows, weight, a, b, h, gate, kept), constant
+
+
 class _FactoredLinear(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -276,29 +323,12 @@ class _FactoredLinear(torch.autograd.Function):
         h: Tensor | None,
         gradient: GradientBuffer | None,
     ) -> Tensor:
-        dtype = x.dtype
-        rows, b = x.reshape(-1, x.shape[-1]), B.to(dtype)
-        gate = s.to(dtype) if isinstance(s, Tensor) else None
-        if gate is not None and gate.dim() > 1:
-            # the rows in numbers: of rank 0, -1 could be any
-            gate = gate.reshape(rows.shape[0], s.shape[-1])
-        # a number goes into the small factors, so that nothing of the activations' length is multiplied with it
-        constant = 1.0 if gate is not None else s
-        a, kept = None, None
-        if A is not None:
-            a = (A * constant).to(dtype) if constant != 1 else A.to(dtype)
-            source, kept = torch.native_dropout(rows, dropout, True) if dropout else (rows, None)
-            h = source @ a.T
-        elif constant != 1:
-            b = (B * constant).to(dtype)
-        z = h if gate is None else h * gate
-        y = z @ b.T if bias is None else torch.addmm(bias, z, b.T)
-        y.addmm_(rows, weight.T)
-        ctx.save_for_backward(rows, weight, a, b, h, gate, kept)
+        y, saved, constant = _product(x, weight, bias, A, s, B, dropout, h, gradient)
+        ctx.save_for_backward(*saved)
         ctx.rise, ctx.gradient, ctx.constant = 1 / (1 - dropout), gradient, constant
         ctx.like = (x.shape, A.dtype if A is not None else None, B.dtype, s.shape if isinstance(s, Tensor) else None)
         ctx.s_dtype = s.dtype if isinstance(s, Tensor) else None
-        return y.view(*x.shape[:-1], weight.shape[0])
+        return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 from peft import PeftModel, RandLoraConfig, get_peft_model
+from peft import __version__ as peft_version
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -257,7 +259,9 @@ def test_over_a_half_precision_base(dtype: torch.dtype):
     model = adapted(net().to(dtype))
     randomise(model)
     update = next(updates_of(model, "default"))[1]
-    assert {p.dtype for p in update.shared.values()} == {dtype}
+    # before 0.21.2 PEFT's cast of adapters to float32 reached what their layers share
+    kept = dtype if Version(peft_version) >= Version("0.21.2") else torch.float32
+    assert {p.dtype for p in update.shared.values()} == {kept}
     assert update.gamma.dtype == torch.float32
     y = model(inputs().to(dtype))
     assert y.dtype == dtype

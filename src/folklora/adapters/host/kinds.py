@@ -70,7 +70,8 @@ class _Linear(Kind):
         shared: SharedInput | None = None,
     ) -> Tensor:
         if is_plain(base):
-            return factored_linear(x, base.weight, base.bias, factors, dropout, shared)
+            own = base._parameters
+            return factored_linear(x, own["weight"], own["bias"], factors, dropout, shared)
         return super().forward(base, x, factors, dropout)
 
 
@@ -160,8 +161,11 @@ def is_plain(base: nn.Module) -> bool:
     A subclass or a tensor of another kind (quantised), a hook or a forward put in its place (offloading) would be
     bypassed.
     """
-    ordinary = type(base) is nn.Linear and not is_traceable_wrapper_subclass(base.weight)
-    return ordinary and "forward" not in vars(base) and not any(getattr(base, key) for key in _HOOKS)
+    if type(base) is not nn.Linear or "forward" in vars(base) or any(getattr(base, key) for key in _HOOKS):
+        return False
+    # replicas of nn.DataParallel keep it elsewhere, and take the general way
+    weight = base._parameters.get("weight")
+    return type(weight) is nn.Parameter or (weight is not None and not is_traceable_wrapper_subclass(weight))
 
 
 def kind_of(base: nn.Module, name: str) -> Kind:

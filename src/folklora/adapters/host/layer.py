@@ -143,14 +143,14 @@ class FolkloraLayer(nn.Module, BaseTunerLayer):
         names = self._names_to_apply()
         if not names:
             return self.base_layer(x, *args, **kwargs)
-        functions = [name for name in names if self.folklora_updates[name].is_function]
+        updates = self._updates
+        functions = [name for name in names if updates[name].is_function]
         if functions:
             return self._forward_with_functions(x, functions, [name for name in names if name not in functions])
         return self._forward_factored(x, names)
 
     def _forward_factored(self, x: Tensor, names: list[str]) -> Tensor:
-        dropped = [name for name in names if self.training and self.dropouts[name] > 0]
-        if dropped:
+        if self.training and any(self.dropouts[name] > 0 for name in names):
             return self._forward_with_dropout(x, names)
         found = offered(self, x)
         if found is None:
@@ -176,7 +176,7 @@ class FolkloraLayer(nn.Module, BaseTunerLayer):
             self.admit_loaded(names)
         if self.training and any(self.dropouts[name] > 0 for name in names):
             return None
-        updates = [self.folklora_updates[name] for name in names]
+        updates = [self._updates[name] for name in names]
         if any(update.is_function or update.counts_passes for update in updates):
             return None
         return self._sum(names, x)
@@ -222,8 +222,9 @@ class FolkloraLayer(nn.Module, BaseTunerLayer):
         return self._with_biases(y, x, names)
 
     def _with_biases(self, y: Tensor, x: Tensor, names: list[str]) -> Tensor:
+        updates = self._updates
         for name in names:
-            change = self.folklora_updates[name].bias_change
+            change = updates[name]._parameters.get("bias_change")
             if change is not None:
                 change = self.kind.per_output(self.get_base_layer(), change.to(y.dtype))
                 gate = self.context.own_rows(name, x, self.name)
@@ -241,12 +242,18 @@ class FolkloraLayer(nn.Module, BaseTunerLayer):
             self.admit_loaded(names)
         return names
 
+    @property
+    def _updates(self) -> dict[str, Update]:
+        # every pass asks several times, and nn.Module's own attributes are slow to find
+        return self._modules["folklora_updates"]._modules
+
     def _names_in_use(self) -> list[str]:
         names = self.active_adapters if self.context.rows is None else sorted(set(self.context.rows))
-        return [name for name in names if name in self.folklora_updates]
+        updates = self._updates
+        return [name for name in names if name in updates]
 
     def _inputs(self, name: str, x: Tensor) -> tuple[Tensor | None, ...]:
-        update = self.folklora_updates[name]
+        update = self._updates[name]
         if not update.gated:
             return None, None
         update.before = self.context.before
@@ -255,6 +262,8 @@ class FolkloraLayer(nn.Module, BaseTunerLayer):
 
     def _corrections_made(self, names: list[str]) -> set[str]:
         """Adapters whose correction of the base another one's contains; taken out twice, it would change its sign."""
+        if len(names) < 2:
+            return set()
         correcting = [name for name in names if self.folklora_updates[name].corrects_base]
         # rows that have their own adapters have one each
         if len(correcting) < 2 or self.context.rows is not None:
@@ -264,7 +273,7 @@ class FolkloraLayer(nn.Module, BaseTunerLayer):
         return set(correcting) - {largest}
 
     def _factors(self, name: str, x: Tensor, corrects: bool = True) -> Factors:
-        factors = _factors_of(self.folklora_updates[name], corrects, *self._inputs(name, x))
+        factors = _factors_of(self._updates[name], corrects, *self._inputs(name, x))
         gate = self.context.own_rows(name, x, self.name)
         return factors if gate is None else factors.scale(gate)
 

@@ -54,10 +54,12 @@ def link_siblings(model: nn.Module) -> None:
 
 def offered(layer: FolkloraLayer, x: Tensor) -> tuple[Factors, SharedInput] | None:
     """What an earlier sibling computed for this very call of the layer, or None."""
-    offer, layer.offer = layer.offer, None
-    if offer is None or offer[0]() is not x or torch.compiler.is_compiling():
+    offer = layer.offer
+    if offer is None or torch.compiler.is_compiling():
         return None
-    return offer[1:]
+    # past nn.Module's own assignment, which looks for parameters and takes long
+    vars(layer)["offer"] = None
+    return offer[1:] if offer[0]() is x else None
 
 
 def share(layer: FolkloraLayer, x: Tensor, factors: Factors) -> SharedInput | None:
@@ -84,7 +86,7 @@ def share(layer: FolkloraLayer, x: Tensor, factors: Factors) -> SharedInput | No
         return None
     own, *rest = share_input(x, parts)
     for sibling, theirs, part in zip(others, parts[1:], rest, strict=True):
-        sibling.offer = (weakref.ref(x), theirs, part)
+        vars(sibling)["offer"] = (weakref.ref(x), theirs, part)
     return own
 
 
