@@ -11,6 +11,7 @@ from typing import Any
 from peft import PeftConfig
 
 from folklora.adapters.base import AdapterConfig
+from folklora.adapters.lora import LoRA
 from folklora.continual.base import ContinualMethod
 from folklora.methods import adapter_class, find, methods
 from folklora.stream.peft_types import PREFIX, adapter_name, check_trainable, peft_config_class
@@ -160,7 +161,7 @@ def _default_adapter(factory: type[ContinualMethod]) -> PeftConfig:
 
 
 def _brings_its_own(factory: type[ContinualMethod]) -> bool:
-    return _default_adapter(factory).method == "am-lora"
+    return not isinstance(_default_adapter(factory), LoRA)
 
 
 def _check_adapter_taken(chosen: Sequence[str | ContinualMethod]) -> None:
