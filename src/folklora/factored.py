@@ -187,7 +187,7 @@ def factored_linear(
     else:
         inputs = (x, weight, bias, None, s, factors.B, 0.0, shared.h, shared.gradient)
     # an autograd function costs time even where nothing is recorded, as in generation
-    return _FactoredLinear.apply(*inputs) if torch.is_grad_enabled() else _product(*inputs)[0]
+    return _FactoredLinear.apply(*inputs) if torch.is_grad_enabled() else _product(*inputs[:-1])[0]
 
 
 @dataclass(frozen=True)
@@ -285,9 +285,11 @@ def _product(
     B: Tensor,
     dropout: float,
     h: Tensor | None,
-    gradient: GradientBuffer | None,
 ) -> tuple[Tensor, tuple[Tensor | None, ...], float]:
-    """The layer's output, what its gradient needs, and the number that went into the small factors."""
+    """The layer's output, what its gradient needs, and the number that went into the small factors.
+
+    Args: those of `factored_linear`, with A None and h [positions, r] where h is shared.
+    """
     dtype = x.dtype
     rows, b = x.reshape(-1, x.shape[-1]), B.to(dtype)
     gate = s.to(dtype) if isinstance(s, Tensor) else None
@@ -311,19 +313,10 @@ def _product(
 
 class _FactoredLinear(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        A: Tensor | None,
-        s: Tensor | float,
-        B: Tensor,
-        dropout: float,
-        h: Tensor | None,
-        gradient: GradientBuffer | None,
-    ) -> Tensor:
-        y, saved, constant = _product(x, weight, bias, A, s, B, dropout, h, gradient)
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        *operands, gradient = inputs
+        x, _, _, A, s, B, dropout, _ = operands
+        y, saved, constant = _product(*operands)
         ctx.save_for_backward(*saved)
         ctx.rise, ctx.gradient, ctx.constant = 1 / (1 - dropout), gradient, constant
         ctx.like = (x.shape, A.dtype if A is not None else None, B.dtype, s.shape if isinstance(s, Tensor) else None)
