@@ -49,6 +49,10 @@ class Factors:
             return self.s
         return self.A.new_full((self.rank,), float(self.s))
 
+    def folded(self) -> Tensor:
+        """A, or diag(s) A where s is a vector: no s of the length of the input is needed then. [r, in]"""
+        return self.A if self.gated or not isinstance(self.s, Tensor) else self.A * self.s.unsqueeze(-1)
+
     def scale(self, factor: Tensor | float) -> Factors:
         """ΔW times a number, or times a gate that broadcasts with s."""
         if isinstance(self.s, Tensor) or isinstance(factor, Tensor):
@@ -156,7 +160,8 @@ def factored_linear(
     """A linear layer with an update in factors, forward and backward fused.
 
     y = z Bᵀ + b, then y += x Wᵀ in the accumulator of the base's own product, where z = s ⊙ (x Aᵀ). The input
-    gradient goes the same way: (s ⊙ (g B)) A, then += g W. Activations are never cast, and copied for dropout alone,
+    gradient goes the same way: (s ⊙ (g B)) A, then += g W. An s that is the same for all inputs is multiplied into A,
+    which is small; its gradient comes from that of s A. Activations are never cast, and copied for dropout alone,
     where a byte an element is kept for the backward pass; the small factors are cast to the base's dtype, and their
     gradients come back in their own (float32 masters over a bfloat16 base). Under autocast the input and the base
     weight are taken in autocast's dtype, as `torch.nn.functional.linear` does.
@@ -180,10 +185,12 @@ def factored_linear(
     if dtype is not None:
         weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
     s = factors.s
-    if isinstance(s, Tensor) and s.dim() > 1:
+    if factors.gated:
         s = s.expand(*x.shape[:-1], factors.rank)
+    elif isinstance(s, Tensor):
+        s = 1.0
     if shared is None:
-        inputs = (x, weight, bias, factors.A, s, factors.B, dropout, None, None)
+        inputs = (x, weight, bias, factors.folded(), s, factors.B, dropout, None, None)
     else:
         inputs = (x, weight, bias, None, s, factors.B, 0.0, shared.h, shared.gradient)
     # an autograd function costs time even where nothing is recorded, as in generation
@@ -244,7 +251,7 @@ def share_input(x: Tensor, parts: Sequence[Factors]) -> list[SharedInput]:
     """
     dtype = _autocast_dtype(x)
     x, gradient = x if dtype is None else x.to(dtype), GradientBuffer()
-    factors = [part.A for part in parts]
+    factors = [part.folded() for part in parts]
     if torch.is_grad_enabled():
         parts_of_h = _SharedProduct.apply(x, gradient, *factors)
     else:
@@ -292,10 +299,8 @@ def _product(
     """
     dtype = x.dtype
     rows, b = x.reshape(-1, x.shape[-1]), B.to(dtype)
-    gate = s.to(dtype) if isinstance(s, Tensor) else None
-    if gate is not None and gate.dim() > 1:
-        # the rows in numbers: of rank 0, -1 could be any
-        gate = gate.reshape(rows.shape[0], s.shape[-1])
+    # the rows in numbers: of rank 0, -1 could be any
+    gate = s.to(dtype).reshape(rows.shape[0], s.shape[-1]) if isinstance(s, Tensor) else None
     # a number goes into the small factors, so that nothing of the activations' length is multiplied with it
     constant = 1.0 if gate is not None else s
     a, kept = None, None
@@ -352,8 +357,7 @@ class _FactoredLinear(torch.autograd.Function):
             grad_a = (gh.T @ _dropped(rows, kept, ctx.rise)).to(a_dtype)
             grad_a = grad_a if ctx.constant == 1 else grad_a * ctx.constant
         if needs_s:
-            products_s = gz.to(ctx.s_dtype) * h.to(ctx.s_dtype)
-            grad_s = products_s.sum(0) if len(s_shape) == 1 else products_s.view(s_shape)
+            grad_s = (gz.to(ctx.s_dtype) * h.to(ctx.s_dtype)).view(s_shape)
         return grad_x, grad_w, grad_bias, grad_a, grad_s, grad_b, None, gh if needs_h else None, None
 
 
