@@ -95,6 +95,10 @@ def build(options: argparse.Namespace) -> Bench:
     """A frozen Llama with random weights, made on the device in its final precision, and random tokens for it."""
     sizes = dict(zip(SIZES, SHAPES[options.shape], strict=True))
     config = LlamaConfig(vocab_size=VOCABULARY, max_position_embeddings=options.length, use_cache=False, **sizes)
+    if options.liger:
+        from liger_kernel.transformers import apply_liger_kernel_to_llama
+
+        apply_liger_kernel_to_llama(cross_entropy=False, fused_linear_cross_entropy=False)
     torch.manual_seed(0)
     with torch.device(options.device):
         base = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, options.dtype), attn_implementation="sdpa")
@@ -339,6 +343,7 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=10, help="timed steps, at least 2")
     parser.add_argument("--init-blocks", type=int, help="blocks whose weights are decomposed (all; 2 for 8b)")
     parser.add_argument("--compile", action="store_true", help="add compiled variants")
+    parser.add_argument("--liger", action="store_true", help="the base has Liger's norms, activations and rotations")
     parser.add_argument("--only", nargs="+", help="measure the rows whose names begin so, not all")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no new row after so many")
     parser.add_argument("--out", help="write the figures here, as JSON")
