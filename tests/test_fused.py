@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from folklora import fused
-from folklora.factored import Factors, factored_linear
+from folklora.factored import Factors, _opaque_sum_of_products, factored_linear
 
 EPS32 = torch.finfo(torch.float32).eps
 
@@ -27,6 +27,24 @@ def assert_products(found: tuple[Tensor, Tensor], g: Tensor, B: Tensor, z: Tenso
 def test_where_one_pass_is_not_to_be_had_the_plain_products_are_taken():
     g, B, z = (rand(*s, seed=i, dtype=torch.float32, device="cpu") for i, s in enumerate(((50, 20), (20, 3), (50, 3))))
     assert_products(fused.products(g, B, z), g, B, z, 50 * EPS32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_what_a_compiler_is_told_of_the_products_is_true(dtype: torch.dtype):
+    g, B, z = (rand(*s, seed=i, dtype=dtype, device="cpu") for i, s in enumerate(((6, 20), (20, 3), (6, 3))))
+    torch.library.opcheck(fused._opaque_products, (g, B, z))
+    assert_products(fused._opaque_products(g, B, z), g, B, z, 50 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_what_a_compiler_is_told_of_the_sum_is_true(biased: bool):
+    shapes = ((6, 3), (3, 20), (6, 8), (8, 20), (20,))
+    *operands, bias = (rand(*s, seed=i, dtype=torch.float64, device="cpu") for i, s in enumerate(shapes))
+    operands.append(bias if biased else None)
+    torch.library.opcheck(_opaque_sum_of_products, tuple(operands))
+    z, b, x, w, _ = operands
+    expected = z @ b + x @ w + (bias if biased else 0)
+    torch.testing.assert_close(_opaque_sum_of_products(*operands), expected, rtol=0, atol=1e-13)
 
 
 @pytest.mark.gpu

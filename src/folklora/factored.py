@@ -311,9 +311,32 @@ def _product(
     elif constant != 1:
         b = (B * constant).to(dtype)
     z = h if gate is None else h * gate
-    y = z @ b.T if bias is None else torch.addmm(bias, z, b.T)
-    y.addmm_(rows, weight.T)
+    y = _sum_of_products(z, b.T, rows, weight.T, bias)
     return y.view(*x.shape[:-1], weight.shape[0]), (rows, weight, a, b, h, gate, kept), constant
+
+
+def _sum_of_products(z: Tensor, b: Tensor, x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
+    """z b + x w + bias, the second product in the accumulator of the first one's result."""
+    whole = _opaque_sum_of_products if torch.compiler.is_compiling() else _two_products
+    return whole(z, b, x, w, bias)
+
+
+def _two_products(z: Tensor, b: Tensor, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+    return (z @ b if bias is None else torch.addmm(bias, z, b)).addmm_(x, w)
+
+
+# a compiler that sees the two products gives the second one an output of its own, and copies the first one's into it
+_opaque_sum_of_products = torch.library.custom_op(
+    "folklora::sum_of_products",
+    _two_products,
+    mutates_args=(),
+    schema="(Tensor z, Tensor b, Tensor x, Tensor w, Tensor? bias) -> Tensor",
+)
+
+
+@_opaque_sum_of_products.register_fake
+def _(z: Tensor, b: Tensor, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(x.shape[0], w.shape[1])
 
 
 class _FactoredLinear(torch.autograd.Function):
@@ -344,8 +367,10 @@ class _FactoredLinear(torch.autograd.Function):
             gz = g @ b
         gh = gz if gate is None else gz * gate
         if needs_x and ctx.gradient is None:
-            grad_x = _dropped(gh @ a, kept, ctx.rise)
-            grad_x.addmm_(g, weight)
+            if kept is None:
+                grad_x = _sum_of_products(gh, a, g, weight)
+            else:
+                grad_x = _dropped(gh @ a, kept, ctx.rise).addmm_(g, weight)
             grad_x = grad_x.view(shape)
         elif needs_x:
             ctx.gradient.add(g, weight)

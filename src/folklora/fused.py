@@ -33,8 +33,11 @@ def products(g: Tensor, B: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
         z: [positions, r], in g's dtype.
 
     Returns:
-        gz [positions, r] in g's dtype; gB [out, r] in g's dtype, or in float32 where it was summed in one pass.
+        gz [positions, r] in g's dtype; gB [out, r] in g's dtype, or in float32 where it was summed in one pass or a
+        compiler calls.
     """
+    if torch.compiler.is_compiling() and g.is_cuda:
+        return _opaque_products(g, B, z)
     if _fits(g, B, z):
         return _one_pass(g, B, z)
     return g @ B, g.T @ z
@@ -44,7 +47,23 @@ def _fits(g: Tensor, B: Tensor, z: Tensor) -> bool:
     if triton is None or not g.is_cuda or g.dtype not in (torch.bfloat16, torch.float16):
         return False
     large = g.shape[1] >= _LEAST_OUT and g.shape[0] >= _LEAST_ROWS and 0 < B.shape[1] <= _WIDEST
-    return large and all(t.is_contiguous() for t in (g, B, z)) and not torch.compiler.is_compiling()
+    return large and all(t.is_contiguous() for t in (g, B, z))
+
+
+def _of_one_dtype(g: Tensor, B: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+    gz, gb = products(g, B, z)
+    return gz, gb.to(torch.promote_types(g.dtype, torch.float32))
+
+
+_opaque_products = torch.library.custom_op(
+    "folklora::products", _of_one_dtype, mutates_args=(), schema="(Tensor g, Tensor b, Tensor z) -> (Tensor, Tensor)"
+)
+
+
+@_opaque_products.register_fake
+def _(g: Tensor, b: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+    wide = torch.promote_types(g.dtype, torch.float32)
+    return g.new_empty(g.shape[0], b.shape[1]), g.new_empty(b.shape, dtype=wide)
 
 
 def _one_pass(g: Tensor, B: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
