@@ -20,10 +20,10 @@ from peft.utils.other import AuxiliaryTrainingWrapper, _get_submodules
 from torch import Tensor, nn
 
 from folklora.adapters.base import PEFT_TYPE, AdapterConfig
+from folklora.adapters.host.attention import layer_class
 from folklora.adapters.host.blocks import block_of, read_block, stop_reading
 from folklora.adapters.host.call import CallContext, listen, stop_listening
-from folklora.adapters.host.experts import ExpertsLayer, chosen_experts
-from folklora.adapters.host.kinds import EXPERTS, kind_of
+from folklora.adapters.host.kinds import kind_of
 from folklora.adapters.host.layer import FolkloraLayer, layers_of
 from folklora.adapters.host.saved import check_saved_values
 from folklora.adapters.host.shared import (
@@ -39,12 +39,13 @@ from folklora.adapters.host.targets import (
     all_linear,
     bare,
     check_statistics,
-    named_experts,
+    named_weights,
     nothing_matched,
     target_problems,
     with_chosen_rank,
     without_match,
 )
+from folklora.adapters.host.weights import WeightsLayer, chosen_weights
 
 
 class FolkloraModel(BaseTuner):
@@ -93,8 +94,7 @@ class FolkloraModel(BaseTuner):
         if isinstance(target, FolkloraLayer):
             target.add(adapter_name, own, waiting=waiting, trainable=trainable)
         else:
-            make = ExpertsLayer if kind_of(target, current_key) is EXPERTS else FolkloraLayer
-            layer = make(target, current_key, self._context())
+            layer = layer_class(kind_of(target, current_key), parent)(target, current_key, self._context())
             layer.set_adapter(self.active_adapters)
             layer.add(adapter_name, own, waiting=waiting, trainable=trainable)
             self._replace_module(parent, target_name, layer, target)
@@ -131,7 +131,7 @@ class FolkloraModel(BaseTuner):
             config.target_modules = all_linear(config, model)
         found: dict[str, nn.Module] = {}
         inside = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, FolkloraLayer))
-        experts = dict(named_experts(config, model))
+        experts = dict(named_weights(config, model))
         for name, module in model.named_modules():
             if not name or (inside and name.startswith(inside)):
                 continue
@@ -148,7 +148,7 @@ class FolkloraModel(BaseTuner):
     def _inject_parameters(
         self, peft_config: AdapterConfig, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
     ) -> list[str]:
-        named = dict(named_experts(peft_config, model))
+        named = dict(named_weights(peft_config, model))
         for name, module in named.items():
             if isinstance(module, FolkloraLayer) and adapter_name in module.folklora_updates:
                 continue  # by its module's name, with these parameters alone
@@ -156,7 +156,7 @@ class FolkloraModel(BaseTuner):
             with init_empty_weights() if low_cpu_mem_usage else nullcontext():
                 self._create_and_replace(peft_config, adapter_name, target, target_name, parent, current_key=name)
         return [
-            f"{name}.{key}" for name, module in named.items() for key in chosen_experts(bare(module), name, peft_config)
+            f"{name}.{key}" for name, module in named.items() for key in chosen_weights(bare(module), name, peft_config)
         ]
 
     @classmethod
@@ -174,7 +174,7 @@ class FolkloraModel(BaseTuner):
         return config
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        if isinstance(child, ExpertsLayer):
+        if isinstance(child, WeightsLayer):
             # PEFT's own looks for a parameter named weight
             setattr(parent, child_name, new_module)
             return
