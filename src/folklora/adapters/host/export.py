@@ -96,8 +96,8 @@ def _check_exportable(adapter_name: str, pairs: list[tuple[FolkloraLayer, Update
         )
 
 
-def _at_least_one_term(factors: Factors) -> Factors:
-    # PEFT has no LoRA of rank 0
+def at_least_one_term(factors: Factors) -> Factors:
+    """The factors, or one term that is zero where there is none: PEFT has no LoRA of rank 0."""
     if factors.rank:
         return factors
     A, B = factors.A.new_zeros(1, factors.A.shape[1]), factors.B.new_zeros(factors.B.shape[0], 1)
@@ -108,7 +108,7 @@ def _named(layer: FolkloraLayer, update: Update) -> tuple[dict[str, Tensor], dic
     """PEFT's tensors for a layer, and their rank by the layer's name."""
     if isinstance(layer, WeightsLayer):
         return _named_experts(layer, update)
-    A, B = _at_least_one_term(update.factors().compact()).to_lora()
+    A, B = at_least_one_term(update.factors().compact()).to_lora()
     # PEFT divides a convolution's ranks among its groups; here every group has them all
     rank = A.shape[0] * getattr(layer.get_base_layer(), "groups", 1)
     base = layer.get_base_layer()
