@@ -247,7 +247,7 @@ class FolkloraModel(BaseTuner):
         if rows is None or layer is None:
             yield
             return
-        self._check_rows(rows, [*args, *kwargs.values()])
+        self._check_rows(rows, _batch_size(args, kwargs))
         layer.context.rows = list(rows)
         handles = [
             module.register_forward_pre_hook(partial(_name_rows, rows=list(rows)), with_kwargs=True)
@@ -273,9 +273,8 @@ class FolkloraModel(BaseTuner):
                 'with use_cache=False or num_beams=1, or train with granularity="token"'
             )
 
-    def _check_rows(self, rows: list[str], inputs: list[Any]) -> None:
-        batch = next((len(value) for value in inputs if isinstance(value, Tensor) and value.dim()), len(rows))
-        if not rows or batch % len(rows):
+    def _check_rows(self, rows: list[str], batch: int | None) -> None:
+        if not rows or (batch or 0) % len(rows):
             raise ValueError(
                 f"adapter_names has {len(rows)} entries, and the batch has {batch} rows: name one adapter a row"
             )
@@ -337,6 +336,17 @@ class FolkloraModel(BaseTuner):
 
 def _name_rows(module: nn.Module, args: tuple, kwargs: dict, rows: list[str]) -> tuple[tuple, dict]:
     return args, {**kwargs, "adapter_names": rows}
+
+
+def _batch_size(args: tuple, kwargs: dict[str, Any]) -> int | None:
+    """How many rows a call has; None where none of its arguments is sure to have one each."""
+    tensors = [value for value in kwargs.values() if isinstance(value, Tensor)]
+    first = next((kwargs[key] for key in ("input_ids", "inputs_embeds") if kwargs.get(key) is not None), None)
+    if args and isinstance(args[0], Tensor):
+        first = args[0]
+    elif first is None and len(tensors) == 1:
+        first = tensors[0]
+    return len(first) if isinstance(first, Tensor) and first.dim() else None
 
 
 def _awaits_values(config: AdapterConfig) -> bool:
