@@ -9,7 +9,6 @@ of `EXCEPTIONS`, and an entry that is out of date is a failure too.
 from __future__ import annotations
 
 import copy
-import pickle
 import tempfile
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -26,37 +25,109 @@ from folklora.adapters.host.export import export_lora
 from folklora.adapters.host.layer import layers_of, updates_of
 from folklora.adapters.kasa import KaSA
 from folklora.adapters.lora import LoRA
+from folklora.check_layers import (
+    check_attention,
+    check_convolution,
+    check_dropout,
+    check_embedding,
+    check_plain_module,
+    check_start_at_base,
+    check_weighted,
+)
+from folklora.check_training import (
+    NotHereError,
+    check_adapter_dtype,
+    check_bfloat16,
+    check_checkpointing,
+    check_compile,
+    check_copies,
+    check_float16,
+)
 
 _BOTH = ["default", "other"]
 
 EXCEPTIONS: dict[tuple[str, str], str] = {
+    ("am-lora", "attention"): "its attention reads each layer's input, which torch's keeps inside",
+    ("am-lora", "convolution"): "its attention over adapters is defined on what enters a linear layer",
+    ("am-lora", "embedding"): "its attention reads values, and an embedding's input is numbers of tokens",
+    ("am-lora", "export"): "its attention reads each layer's input, and a LoRA is the same for every input",
     ("am-lora", "merge"): "its attention reads each layer's input, so no single weight equals it",
     ("am-lora", "unmerge"): "its attention reads each layer's input, so no single weight equals it",
-    ("am-lora", "export"): "its attention reads each layer's input, and a LoRA is the same for every input",
-    ("generative-adapter", "merge"): "each text has a weight of its own; Written.install gives one that merges",
-    ("generative-adapter", "unmerge"): "each text has a weight of its own; Written.install gives one that merges",
+    ("am-lora", "weighted"): "its attention reads each layer's input, so its update is no matrix to be summed",
+    (
+        "codyra",
+        "attention",
+    ): "its importances and their count lie beside the weights, where a module of several has no room",
+    ("corda", "attention"): "it needs the covariance of each weight's input, which torch's attention keeps inside",
+    ("corda", "convolution"): "its covariance is that of the inputs of linear layers",
+    ("corda", "dropout"): "it trains components of the weight, and dropout would drop some of the base itself",
+    ("corda", "embedding"): "its covariance is that of the inputs of linear layers",
+    (
+        "diffora",
+        "attention",
+    ): "its modules compete by gates that they share, and a module of several weights has no room for them",
+    (
+        "generative-adapter",
+        "attention",
+    ): "its generator reads what enters a layer's block, and adapts linear layers in it",
+    ("generative-adapter", "convolution"): "its generator makes updates of linear layers",
+    (
+        "generative-adapter",
+        "dropout",
+    ): "its authors train without, and the host would drop what the generator's text wrote",
+    ("generative-adapter", "embedding"): "its generator makes updates of linear layers",
     ("generative-adapter", "export"): "each text has a LoRA of its own; Written.install gives one that exports",
+    ("generative-adapter", "merge"): "each text has a weight of its own; Written.install gives one that merges",
     ("generative-adapter", "mixing"): "its layers read what enters their block, so that none can be called alone",
+    ("generative-adapter", "plain_module"): "its generator reads what enters the block of layers that a layer is in",
     ("generative-adapter", "rows"): "while it is trained the rows of a batch are one text, and share the adapter",
+    ("generative-adapter", "unmerge"): "each text has a weight of its own; Written.install gives one that merges",
+    ("generative-adapter", "weighted"): "each text has a LoRA of its own; Written.install gives one that can be summed",
+    (
+        "kasa",
+        "start_at_base",
+    ): "it takes the noise out of the base from the first step on, as in the paper; truncate=0 leaves it",
+    (
+        "kind",
+        "attention",
+    ): "its gates read the class of each row, and all rows meet the same weights in torch's attention",
+    ("kind", "export"): "its gates read the class of each row, and a LoRA is the same for every row",
     ("kind", "merge"): "its gates read the class of each row, so no single weight equals it",
     ("kind", "unmerge"): "its gates read the class of each row, so no single weight equals it",
-    ("kind", "export"): "its gates read the class of each row, and a LoRA is the same for every row",
+    ("kind", "weighted"): "its gates read the class of each row, so its update is no matrix to be summed",
+    ("lora-sb", "attention"): "it needs the gradient of each weight, of which calibration sees only whole layers",
+    ("lora-sb", "start_at_base"): "its start is the first step of full training, as in the paper",
+    ("lora-xs", "start_at_base"): "its core starts at small random values, as in the paper; sigma=0 starts at the base",
+    ("pissa", "dropout"): "it trains components of the weight, and dropout would drop some of the base itself",
+    (
+        "randlora",
+        "attention",
+    ): "its layers share their random bases, and a module of several weights has no room for them",
+    ("smora", "attention"): "its router reads each layer's input, which torch's attention keeps inside",
+    ("smora", "convolution"): "its router chooses ranks for each position of a linear layer's input",
+    ("smora", "embedding"): "its router reads values, and an embedding's input is numbers of tokens",
+    ("smora", "export"): "its router reads each layer's input, and a LoRA is the same for every input",
     ("smora", "merge"): "its router reads each layer's input, so no single weight equals it",
     ("smora", "unmerge"): "its router reads each layer's input, so no single weight equals it",
-    ("smora", "export"): "its router reads each layer's input, and a LoRA is the same for every input",
+    ("smora", "weighted"): "its router reads each layer's input, so its update is no matrix to be summed",
+    ("soma", "dropout"): "it trains components of the weight, and dropout would drop some of the base itself",
+    ("vl-adapter", "attention"): "it stands behind a layer's output, which torch's attention keeps inside",
+    ("vl-adapter", "convolution"): "its bottleneck stands behind a sublayer's last linear layer",
+    ("vl-adapter", "dropout"): "its authors have none in the bottleneck",
+    ("vl-adapter", "embedding"): "its bottleneck stands behind a sublayer's last linear layer",
+    ("vl-adapter", "export"): "what it adds is no linear function of the layer's output, as a LoRA would be",
     ("vl-adapter", "merge"): "what it adds is no linear function of the layer's output, so no weight equals it",
     ("vl-adapter", "unmerge"): "what it adds is no linear function of the layer's output, so no weight equals it",
-    ("vl-adapter", "export"): "what it adds is no linear function of the layer's output, as a LoRA would be",
+    (
+        "vl-adapter",
+        "weighted",
+    ): "what it adds is no linear function of the layer's output, so it is no matrix to be summed",
 }
 """(method, check) -> why the method cannot pass it; the check must then fail."""
 
 
 class ConformanceError(AssertionError):
     """A method failed checks; the message names each in words."""
-
-
-class NotHereError(Exception):
-    """A check cannot run on this machine; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -199,45 +270,6 @@ def check_trainable_count(config: AdapterConfig) -> None:
     tiny.require(found == expected, f"{found} parameters are trained, trainable_count says {expected}")
 
 
-def check_bfloat16(config: AdapterConfig) -> None:
-    """Over a bfloat16 base, loss and gradients are finite and the trained parameters float32."""
-    _check_half(config, torch.bfloat16)
-
-
-def check_float16(config: AdapterConfig) -> None:
-    """Over a float16 base, loss and gradients are finite and the trained parameters float32."""
-    _check_half(config, torch.float16)
-
-
-def check_checkpointing(config: AdapterConfig) -> None:
-    """Gradient checkpointing gives the same gradients."""
-    gradients = []
-    for checkpointing in (False, True):
-        model = tiny.moved(tiny.adapted(config)).train()
-        if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        torch.manual_seed(7)
-        tiny.loss(model).backward()
-        gradients.append(tiny.gradients(model))
-    for name, expected in gradients[0].items():
-        tiny.close(gradients[1][name], expected, 1e-6, f"the gradients of {name} with and without checkpointing")
-
-
-def check_compile(config: AdapterConfig) -> None:
-    """torch.compile takes the model whole, forward and backward, and changes nothing."""
-    model = tiny.moved(tiny.adapted(config, layers=1)).eval()
-    expected = tiny.loss(model)
-    expected.backward()
-    gradients = tiny.gradients(model)
-    model.zero_grad()
-    torch.compiler.reset()
-    loss = tiny.loss(model, torch.compile(model, backend="aot_eager", fullgraph=True))
-    loss.backward()
-    tiny.close(loss, expected, 1e-6, "the compiled loss and the eager one")
-    for name, value in tiny.gradients(model).items():
-        tiny.close(value, gradients[name], 1e-5, f"the compiled gradient of {name} and the eager one")
-
-
 def check_mixing(config: AdapterConfig) -> None:
     """Two methods active at once add up layer by layer; each alone is as if the other were not there."""
     model = tiny.trained(config)
@@ -293,24 +325,6 @@ def check_accumulation(config: AdapterConfig) -> None:
             tiny.close(free[name] - penalised[name], gradient, 1e-6 * float(gradient.abs().max()), what)
 
 
-def check_copies(config: AdapterConfig) -> None:
-    """Deep copies and pickles of a model in training compute the same, and are regularised on their own."""
-    model = tiny.adapted(config)
-    tiny.train(model)
-    # what a pass leaves behind in the updates must not stand in the way
-    model(**tiny.batch(model))
-    for how, twin in (("deepcopy", copy.deepcopy(model)), ("pickle", pickle.loads(pickle.dumps(model)))):
-        tiny.same(tiny.logits(twin), tiny.logits(model), f"the logits of the model's {how}")
-        original = copy.deepcopy(model.state_dict())
-        expected = dict(_stepped(copy.deepcopy(twin)).named_parameters())
-        twin.zero_grad()
-        torch.optim.SGD(twin.parameters(), lr=1.0).step()
-        for name, value in twin.named_parameters():
-            tiny.close(value, expected[name], 1e-6, f"a penalised step on {name} of the {how} and its formula")
-        for name, value in model.state_dict().items():
-            tiny.same(value, original[name], f"the original's {name} after a step on its {how}")
-
-
 def check_disable(config: AdapterConfig) -> None:
     """Disabled, the adapter leaves the base's logits bit for bit; enabled, it changes them."""
     model, base = tiny.trained(config), tiny.logits(tiny.llama())
@@ -342,6 +356,7 @@ CHECKS: dict[str, Callable[[AdapterConfig], None]] = {
         check_float16,
         check_checkpointing,
         check_compile,
+        check_copies,
         check_mixing,
         check_rows,
         check_export,
@@ -349,6 +364,14 @@ CHECKS: dict[str, Callable[[AdapterConfig], None]] = {
         check_copies,
         check_disable,
         check_determinism,
+        check_start_at_base,
+        check_adapter_dtype,
+        check_dropout,
+        check_plain_module,
+        check_embedding,
+        check_convolution,
+        check_attention,
+        check_weighted,
     )
 }
 """Every check by its name."""
@@ -365,34 +388,3 @@ def _configuration(config: AdapterConfig | type[AdapterConfig], options: dict[st
 def _another(config: AdapterConfig) -> AdapterConfig:
     chosen = KaSA if config.method == LoRA.method else LoRA
     return chosen(r=3, target_modules=["q_proj", "up_proj"])
-
-
-@torch.no_grad()
-def _stepped(model: PeftModel) -> PeftModel:
-    """The model after a step of SGD with rate 1 on its penalties alone, and what its updates do after a step."""
-    with torch.enable_grad():
-        gradients = tiny.penalty_gradients(model)
-    for name, value in model.named_parameters():
-        value -= gradients.get(name, 0.0)
-    for _, update in updates_of(model, "default"):
-        update.after_step()
-    return model
-
-
-def _check_half(config: AdapterConfig, dtype: torch.dtype) -> None:
-    model = tiny.moved(tiny.adapted(config, dtype=dtype)).train()
-    torch.manual_seed(7)
-    try:
-        loss = tiny.loss(model)
-        loss.backward()
-    except RuntimeError as error:
-        if "not implemented for" in str(error):
-            raise NotHereError(f"this PyTorch has no {dtype} here: {error}") from error
-        raise
-    tiny.require(torch.isfinite(loss), f"the loss over a {dtype} base is {loss}")
-    found = tiny.gradients(model)
-    for name, value in model.named_parameters():
-        if value.requires_grad:
-            tiny.require(value.dtype == torch.float32, f"{name} is trained in {value.dtype}, not float32")
-            tiny.require(name in found, f"{name} is trained and got no gradient")
-            tiny.require(torch.isfinite(found[name]).all(), f"the gradient of {name} is not finite")

@@ -156,6 +156,7 @@ def test_how_bases_are_drawn(bases: str, values: float | None):
     assert torch.equal(A, again[0])
     assert torch.equal(B, again[1])
     assert not torch.equal(B, draw_bases(bases, 8, 256, 300, seed=5)[1])
+    assert draw_bases("dense", 1, 1, 1, seed=0)[0].abs().item() == 1
 
 
 @pytest.mark.parametrize("shape", [(36, 20), (20, 40), (24, 24), (24, 40)])

@@ -28,6 +28,10 @@ class _PeftType(str, enum.Enum):
 PEFT_TYPE = _PeftType.FOLKLORA
 
 
+class UnknownOptionError(ValueError, TypeError):
+    """A configuration was given an option that it does not have; a TypeError too, as for any unknown keyword."""
+
+
 class Update(nn.Module):
     """What a method adds to one weight W [out, in]; its parameters are what is trained, saved and loaded.
 
@@ -215,7 +219,7 @@ class AdapterConfig(PeftConfig):
         known = {f.name for f in dataclasses.fields(chosen)} if dataclasses.is_dataclass(chosen) else set()
         unknown = sorted(set(kwargs) - known)
         if unknown:
-            raise ValueError(_unknown_options(chosen, unknown, known))
+            raise UnknownOptionError(_unknown_options(chosen, unknown, known))
         return object.__new__(chosen)
 
     def __post_init__(self) -> None:

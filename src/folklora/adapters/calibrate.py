@@ -302,8 +302,9 @@ def _layers(
     layers = FolkloraModel.targets(model, config)
     problems = []
     for name, base in layers.items():
-        if kind_of(base, name).name == "experts":
-            problems.append(f"'{name}' holds experts, which calibration does not see one by one; leave it out")
+        if not kind_of(base, name).has_matrix:
+            kind = kind_of(base, name).name
+            problems.append(f"'{name}' holds {kind}, which calibration does not see weight by weight; leave it out")
             continue
         if COVARIANCE in wanted and kind_of(base, name).name != "linear":
             problems.append(f"'{name}' is a {type(base).__name__}; the covariance is that of linear layers")

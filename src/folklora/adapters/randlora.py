@@ -175,6 +175,12 @@ def draw_bases(bases: str, r: int, d: int, large: int, seed: int) -> tuple[Tenso
         if not values.any():
             raise ValueError(f"the {bases} basis of shape {list(shape)} holds only zeros; choose another seed or bases")
         # the mean is 0 by design; what little a sample has of it belongs to the basis
-        drawn.append(values / values.std())
+        drawn.append(values / _spread(values))
     A, B = drawn
     return A, B
+
+
+def _spread(values: Tensor) -> Tensor:
+    """The standard deviation; of a single value, or of values that do not differ, their magnitude."""
+    spread = values.std(correction=min(1, values.numel() - 1))
+    return spread if spread > 0 else values.abs().max()

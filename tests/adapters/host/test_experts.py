@@ -367,22 +367,28 @@ def test_a_correction_of_the_base_counts_once() -> None:
 
 
 def test_what_cannot_be_is_refused_in_words() -> None:
-    with pytest.raises(ValueError, match=r"am-lora reads each layer's input, which the experts '.*' do not show"):
+    with pytest.raises(ValueError, match=r"am-lora reads each layer's input, which is hidden inside the experts"):
         _adapted("mixtral", AMLoRA(dropout=0.0))
-    with pytest.raises(ValueError, match=r"corda needs statistics of each layer, which the experts '.*' do not show"):
+    with pytest.raises(ValueError, match=r"corda needs statistics of each layer, which are hidden inside the experts"):
         _adapted("mixtral", CorDA())
-    with pytest.raises(ValueError, match=r"holds experts, which calibration does not see one by one; leave it out"):
+    with pytest.raises(
+        ValueError, match=r"holds experts, which calibration does not see weight by weight; leave it out"
+    ):
         folklora.calibrate(_base("mixtral"), [tiny.batch()], {"covariance"}, target_modules=["experts"])
-    with pytest.raises(ValueError, match=r"take no adapter dropout, for their inputs are hidden inside: set dropout=0"):
+    with pytest.raises(
+        ValueError, match=r"can have no adapter dropout, for the inputs are hidden inside: set dropout=0"
+    ):
         _adapted("mixtral", LoRA(dropout=0.1))
     with pytest.raises(
         ValueError, match=r"rank 25 is above 24, the largest for layer 'model.layers.0.mlp.experts.down"
     ):
         _adapted("mixtral", LoRA(r=25))
     for name in WITH_MORE_STATE:
-        with pytest.raises(ValueError, match=f"{name} keeps more than each weight's own parameters, which the experts"):
+        with pytest.raises(ValueError, match=f"{name} keeps more than each weight's own parameters, for which"):
             _adapted("mixtral", FIXED[name](r=3))
-    with pytest.raises(ValueError, match=r"'w1' matches no experts; their parameters here: down_proj, gate_up_proj"):
+    with pytest.raises(
+        ValueError, match=r"'w1' matches no experts and no attention; their parameters here: down_proj, gate_up_proj"
+    ):
         _adapted("mixtral", LoRA(r=2, target_parameters=["w1"]))
     model = _adapted("mixtral", LoRA(r=2))
     model.add_adapter("other", LoRA(r=2, target_modules=["q_proj"]))
@@ -394,7 +400,7 @@ def test_weights_that_come_in_just_before_the_forward_are_refused() -> None:
     layer = next(layers_of(_adapted("mixtral", LoRA(r=2))))
     base, inputs = layer.get_base_layer(), (torch.randn(6, 32), torch.randint(4, (6, 2)), torch.rand(6, 2))
     base.gate_up_proj = nn.Parameter(base.gate_up_proj.to("meta"), requires_grad=False)
-    with pytest.raises(ValueError, match=r"experts 'model.layers.0.mlp.experts' are offloaded"):
+    with pytest.raises(ValueError, match=r"experts 'model.layers.0.mlp.experts' has offloaded"):
         layer(*inputs)
 
 

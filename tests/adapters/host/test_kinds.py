@@ -164,3 +164,20 @@ def test_padding_is_trained_as_peft_trains_it() -> None:
 def test_what_cannot_be_adapted_is_refused_in_words() -> None:
     with pytest.raises(ValueError, match=r"'layer' is a LayerNorm; Folklora adapts linear, embedding and convolution"):
         get_peft_model(One(nn.LayerNorm(4)), LoRA(r=2, target_modules=["layer"]))
+
+
+class Transposed(nn.Module):
+    """A layer of somebody's own that calls itself linear and keeps [in, out]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.in_features, self.out_features = 5, 3
+        self.weight = nn.Parameter(torch.randn(5, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight
+
+
+def test_a_weight_that_lies_the_other_way_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"layer 'layer' \(Transposed\) keeps a weight \[5, 3\].*here \[3, 5\]"):
+        get_peft_model(One(Transposed()), LoRA(r=2, target_modules=["layer"]))

@@ -125,7 +125,7 @@ def test_rows_may_be_repeated_in_runs_as_beams_are() -> None:
 
 def test_names_that_do_not_fit_the_batch_are_refused() -> None:
     model = _over(nn.Linear(6, 5), LoRA(r=2))
-    with pytest.raises(ValueError, match=r"adapter_names has 2 entries, and the batch of 3 rows that layer 'layer'"):
+    with pytest.raises(ValueError, match=r"adapter_names has 2 entries, and the batch has 3 rows"):
         model(torch.randn(3, 6), adapter_names=["default", "__base__"])
 
 

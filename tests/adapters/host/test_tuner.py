@@ -18,8 +18,8 @@ from transformers import (
     MixtralForCausalLM,
 )
 
-from folklora import AMLoRA, KaSA, LoRA, PiSSA, tiny
-from folklora.adapters.host.layer import layers_of
+from folklora import AMLoRA, DiffoRA, KaSA, LoRA, PiSSA, tiny
+from folklora.adapters.host.layer import layers_of, updates_of
 
 
 def _names(model: nn.Module) -> list[str]:
@@ -141,6 +141,32 @@ def test_an_unknown_option_names_the_nearest() -> None:
         KaSA(truncat=3, zzz=1)
     assert "KaSA has no option 'zzz'\n" in str(caught.value)
     assert "rank_pattern" in str(caught.value)
+    # as any function has it that is called with a keyword of somebody else's
+    with pytest.raises(TypeError, match="has no option"):
+        KaSA(bias="all")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_pefts_dtype_option_is_followed(dtype: torch.dtype, tmp_path: Path) -> None:
+    config = DiffoRA(r=3, shared_r=2, target_modules=["q_proj"])
+    model = get_peft_model(tiny.llama(dtype=dtype), config, autocast_adapter_dtype=False)
+    assert {value.dtype for value in model.parameters()} == {dtype}
+    model.add_adapter("other", LoRA(target_modules=["v_proj"]))
+    assert {value.dtype for _, update in updates_of(model, "other") for value in update.parameters()} == {torch.float32}
+    model.save_pretrained(tmp_path, selected_adapters=["default"])
+    loaded = PeftModel.from_pretrained(tiny.llama(dtype=dtype), tmp_path, autocast_adapter_dtype=False)
+    assert {value.dtype for value in loaded.parameters()} == {dtype}
+    tiny.same(tiny.logits(loaded), tiny.logits(model), "loaded and saved")
+
+
+def test_names_of_adapters_must_fit_the_batch() -> None:
+    model = get_peft_model(tiny.TwoLayers(), LoRA(r=2, target_modules=["q"]))
+    for call in ({"x": torch.randn(9, 32)}, {"x": torch.randn(9, 32), "adapter_names": ["__base__"] * 3}):
+        model(**call)
+    with pytest.raises(ValueError, match="adapter_names has 5 entries, and the batch has 9 rows"):
+        model(torch.randn(9, 32), adapter_names=["__base__"] * 5)
+    with pytest.raises(ValueError, match="adapter_names has 0 entries"):
+        model(x=torch.randn(9, 32), adapter_names=[])
 
 
 def test_no_target_takes_the_architectures_choice_or_says_that_there_is_none() -> None:

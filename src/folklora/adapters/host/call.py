@@ -209,7 +209,7 @@ def read_masks(model: nn.Module, context: CallContext) -> list[RemovableHandle]:
 
 def _called_with_masks(model: nn.Module) -> list[nn.Module]:
     # generation calls the encoder by itself; and each half reads masks of its own
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False) and hasattr(model, "get_encoder"):
         return [model.get_encoder(), model.get_decoder()]
     return [model]
 

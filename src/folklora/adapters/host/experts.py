@@ -13,13 +13,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.func import functional_call
+from torch import Tensor
 
-from folklora.adapters.base import AdapterConfig
-from folklora.adapters.host.kinds import expert_matrices, expert_parameters, experts_transposed
-from folklora.adapters.host.layer import FolkloraLayer, evenly_spaced
-from folklora.adapters.host.stacks import StackUpdate, expanded, stacked
+from folklora.adapters.host.kinds import weight_at
+from folklora.adapters.host.weights import WeightsLayer
 from folklora.factored import Factors, factored_linear
 
 _METADATA = {
@@ -140,104 +137,16 @@ _RULES: dict[Any, Callable[..., Any]] = {
 }
 
 
-class ExpertsLayer(FolkloraLayer):
+class ExpertsLayer(WeightsLayer):
     """An experts module and the updates of its matrices; each method sees one matrix [out, in] an expert."""
-
-    def _new_update(self, config: AdapterConfig, waiting: bool) -> StackUpdate:
-        base, stacks = self.get_base_layer(), {}
-        for key in chosen_experts(base, self.name, config):
-            own = config.for_module(f"{self.name}.{key}")
-            matrices = expert_matrices(base, key)
-            if waiting:
-                stacks[key] = expanded(own.empty(tuple(matrices.shape[1:])), len(matrices))
-            else:
-                stacks[key] = stacked([own.update(matrix) for matrix in matrices])
-        return StackUpdate(stacks, len(matrices))
-
-    def stored_weight(self) -> Tensor:
-        """The first of the experts' parameters."""
-        base = self.get_base_layer()
-        return getattr(base, expert_parameters(base)[0])
-
-    def derive(self, adapter_name: str, saved: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What an update's saved values leave out, made again from the experts' weights, by parameter name."""
-        update, made = self.folklora_updates[adapter_name], {}
-        for name in update.names if update.unsaved else ():
-            made |= update.derive_stack(name, expert_matrices(self.get_base_layer(), name), saved, self.name)
-        return made
-
-    def sample_base(self) -> Tensor:
-        """Evenly spaced elements of every stack, float32."""
-        base = self.get_base_layer()
-        return torch.cat([evenly_spaced(getattr(base, key).detach()) for key in expert_parameters(base)])
 
     # dynamo follows no tensor without memory: a compiled model leaves its graph here, as loops over experts make it do
     @torch.compiler.disable
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The experts' own forward over their adapted weights."""
-        names = self._names_to_apply()
-        if not names:
-            return self.base_layer(x, *args, **kwargs)
-        if self.context.rows is not None:
-            raise ValueError(
-                f"adapter_names cannot choose adapters of the experts '{self.name}': their tokens are mixed across "
-                "rows; run one adapter at a time, or adapt the attention layers only"
-            )
-        self._check_in_place(x)
-        weights = {key: self._adapted(key, names) for key in self._keys(names)}
-        return functional_call(self.base_layer, weights, (x, *args), kwargs)
-
-    def _check_in_place(self, x: Tensor) -> None:
-        # what brings such weights in, just before the experts' forward, would put them over the adapted ones
-        weight = self.stored_weight()
-        if weight.is_meta and not x.is_meta:
-            raise ValueError(f"the experts '{self.name}' are offloaded; adapted experts must stay in memory")
-        if hasattr(weight, "full_tensor"):
-            raise ValueError(
-                f"the experts '{self.name}' are sharded by themselves; adapted experts can be sharded only with the "
-                "block around them"
-            )
-
-    def _keys(self, names: list[str]) -> list[str]:
-        return list(dict.fromkeys(key for name in names for key in self.folklora_updates[name].names))
-
-    def _parts(self, key: str, names: list[str]) -> tuple[Tensor, Tensor]:
-        """L and R of all updates of a stack, in the layout of its parameter."""
-        names = [name for name in names if key in self.folklora_updates[name].names]
-        made = self._corrections_made(names)
-        pairs = [self.folklora_updates[name].pair(key, name not in made) for name in names]
-        A, B = torch.cat([A for A, _ in pairs], dim=-2), torch.cat([B for _, B in pairs], dim=-1)
-        return (A.mT, B.mT) if experts_transposed(self.get_base_layer()) else (B, A)
+        return super().forward(x, *args, **kwargs)
 
     def _adapted(self, key: str, names: list[str]) -> Tensor:
-        weight = getattr(self.get_base_layer(), key)
+        weight = weight_at(self.get_base_layer(), key)
         L, R = self._parts(key, names)
         return SumWeight(weight, L.to(weight.dtype), R.to(weight.dtype))
-
-    @torch.no_grad()
-    def merged_weights(self, names: list[str]) -> dict[str, Tensor]:
-        """The experts' parameters with these adapters' updates added, by name."""
-        merged = {}
-        for key in self._keys(names):
-            merged[key] = self.unmerged.get(key, getattr(self.get_base_layer(), key)).detach().clone()
-            L, R = self._parts(key, names)
-            for expert, left, right in zip(merged[key], L, R, strict=True):
-                expert.copy_(expert.to(torch.promote_types(expert.dtype, torch.float32)) + left @ right)
-        return merged
-
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """PEFT's conversion knows no experts; `export_lora` does."""
-        return adapter_name not in self.folklora_updates
-
-
-def chosen_experts(base: nn.Module, name: str, config: AdapterConfig) -> list[str]:
-    """The three-dimensional parameters of an experts module that a configuration names; all if it names none."""
-    keys = expert_parameters(base)
-    if not config.target_parameters:
-        return keys
-    return [key for key in keys if is_named(f"{name}.{key}", config.target_parameters)]
-
-
-def is_named(name: str, targets: list[str]) -> bool:
-    """Whether a name is, or ends in, one of the targets."""
-    return any(f".{name}".endswith(f".{target}") for target in targets)

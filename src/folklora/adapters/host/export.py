@@ -12,10 +12,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from folklora.adapters.base import Update
-from folklora.adapters.host.experts import ExpertsLayer
-from folklora.adapters.host.kinds import TRANSPOSED, experts_transposed
+from folklora.adapters.host.kinds import ATTENTION, TRANSPOSED, is_transposed
 from folklora.adapters.host.layer import FolkloraLayer, updates_of
 from folklora.adapters.host.stacks import StackUpdate
+from folklora.adapters.host.weights import WeightsLayer
 from folklora.factored import Factors
 from folklora.stream.files import replace_folder
 
@@ -36,7 +36,7 @@ def export_lora(
 
     Raises:
         ValueError: There is no such adapter, its update depends on its input and has no LoRA form, or it is on a
-            convolution that PEFT's LoRA does not compute.
+            convolution that PEFT's LoRA does not compute, or on torch's attention.
         RuntimeError: The adapter waits for saved values that were never loaded.
         FileExistsError: `out` is there already.
     """
@@ -82,6 +82,12 @@ def _check_exportable(adapter_name: str, pairs: list[tuple[FolkloraLayer, Update
             f"adapter '{adapter_name}' has no plain LoRA form: its update depends on {gated.depends_on} "
             f"({type(gated).__name__}), and a LoRA is the same for every input"
         )
+    attention = next((layer for layer, _ in pairs if layer.kind is ATTENTION), None)
+    if attention is not None:
+        raise ValueError(
+            f"adapter '{adapter_name}' adapts torch's attention '{attention.name}', to whose output projection PEFT's "
+            "LoRA adds its update twice (huggingface/peft, pull request 3774); merge the adapter"
+        )
     other = next((layer for layer, _ in pairs if layer.kind.name in ("embedding", "experts")), None)
     if biased and other is not None:
         raise ValueError(
@@ -90,8 +96,8 @@ def _check_exportable(adapter_name: str, pairs: list[tuple[FolkloraLayer, Update
         )
 
 
-def _at_least_one_term(factors: Factors) -> Factors:
-    # PEFT has no LoRA of rank 0
+def at_least_one_term(factors: Factors) -> Factors:
+    """The factors, or one term that is zero where there is none: PEFT has no LoRA of rank 0."""
     if factors.rank:
         return factors
     A, B = factors.A.new_zeros(1, factors.A.shape[1]), factors.B.new_zeros(factors.B.shape[0], 1)
@@ -100,9 +106,9 @@ def _at_least_one_term(factors: Factors) -> Factors:
 
 def _named(layer: FolkloraLayer, update: Update) -> tuple[dict[str, Tensor], dict[str, int]]:
     """PEFT's tensors for a layer, and their rank by the layer's name."""
-    if isinstance(layer, ExpertsLayer):
+    if isinstance(layer, WeightsLayer):
         return _named_experts(layer, update)
-    A, B = _at_least_one_term(update.factors().compact()).to_lora()
+    A, B = at_least_one_term(update.factors().compact()).to_lora()
     # PEFT divides a convolution's ranks among its groups; here every group has them all
     rank = A.shape[0] * getattr(layer.get_base_layer(), "groups", 1)
     base = layer.get_base_layer()
@@ -132,7 +138,7 @@ def _kernel(layer: nn.Module, A: Tensor) -> Tensor:
     return kernel.reshape(groups * rank, groups * channels, *size)
 
 
-def _named_experts(layer: ExpertsLayer, update: StackUpdate) -> tuple[dict[str, Tensor], dict[str, int]]:
+def _named_experts(layer: WeightsLayer, update: StackUpdate) -> tuple[dict[str, Tensor], dict[str, int]]:
     """PEFT's tensors for the stacks of an experts module, and the rank of each stack by its name."""
     base, tensors, ranks = layer.get_base_layer(), {}, {}
     # PEFT wraps the module once for each parameter, the first innermost
@@ -140,7 +146,7 @@ def _named_experts(layer: ExpertsLayer, update: StackUpdate) -> tuple[dict[str, 
     for key in update.names:
         A, B = update.pair(key)
         # PEFT takes experts that are not marked otherwise for [out, in]
-        if experts_transposed(base) and not getattr(base, "is_transposed", False):
+        if is_transposed(base) and not getattr(base, "is_transposed", False):
             A, B = B.mT, A.mT
         ranks[f"{layer.name}.{key}"] = A.shape[1]
         tensors[f"{prefix}.lora_A.weight"] = A.flatten(0, 1)

@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from folklora.factored import Factors, SharedInput, factored_linear, factored_update
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "out_proj.weight")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -143,16 +144,17 @@ class _Convolution(Kind):
         return convolve(h * s, B, groups=groups)
 
 
-class _Experts(Kind):
+class _SeveralWeights(Kind):
     def shape(self, base: nn.Module) -> tuple[int, int]:
-        raise TypeError("an experts module has several weights, each with a shape of its own")
+        raise TypeError(f"a {type(base).__name__} has several weights, each with a shape of its own")
 
 
 LINEAR = _Linear("linear")
 TRANSPOSED = _TransposedLinear("linear")
 EMBEDDING = _Embedding("embedding")
 CONVOLUTION = _Convolution("convolution")
-EXPERTS = _Experts("experts", has_matrix=False)
+EXPERTS = _SeveralWeights("experts", has_matrix=False)
+ATTENTION = _SeveralWeights("attention", has_matrix=False)
 
 
 def is_plain(base: nn.Module) -> bool:
@@ -187,39 +189,68 @@ def kind_of(base: nn.Module, name: str) -> Kind:
     if isinstance(base, NonDynamicallyQuantizableLinear):
         raise TypeError(
             f"layer '{name}' belongs to torch's MultiheadAttention, which reads its weight without calling it, so that "
-            "an update would have no effect; leave it out with exclude_modules"
+            f"an update would have no effect; name the attention '{name.rpartition('.')[0]}' as a whole"
         )
     if isinstance(base, nn.Linear) or (hasattr(base, "in_features") and hasattr(base, "out_features")):
         if not isinstance(getattr(base, "weight", None), Tensor):
             raise TypeError(f"layer '{name}' ({type(base).__name__}) keeps no weight that Folklora could read")
+        if not isinstance(base, nn.Linear) and not is_quantised(base) and base.weight.shape != LINEAR.shape(base):
+            raise TypeError(
+                f"layer '{name}' ({type(base).__name__}) keeps a weight {list(base.weight.shape)}, and Folklora adapts "
+                f"linear layers with one [out, in], here {list(LINEAR.shape(base))}"
+            )
         return LINEAR
-    experts = expert_parameters(base)
-    if any(is_quantised_weight(getattr(base, key)) for key in experts):
-        raise TypeError(f"the experts '{name}' are quantised; Folklora adapts experts in floating point only")
-    if experts:
-        return EXPERTS
+    weights = weight_names(base)
+    kind = ATTENTION if is_attention(base) else EXPERTS
+    if any(is_quantised_weight(weight_at(base, key)) for key in weights):
+        raise TypeError(f"the {kind.name} '{name}' has quantised weights; Folklora adapts floating point only there")
+    if weights:
+        return kind
     raise TypeError(
         f"layer '{name}' is a {type(base).__name__}; "
-        "Folklora adapts linear, embedding and convolution layers and experts"
+        "Folklora adapts linear, embedding and convolution layers, torch's attention and experts"
     )
 
 
-def expert_parameters(base: nn.Module) -> list[str]:
-    """Names of a module's own parameters that stack one matrix an expert; empty where it holds no experts."""
+def is_attention(base: nn.Module) -> bool:
+    """Whether a module is torch's own attention, which multiplies by its weights without calling a layer."""
+    return isinstance(base, nn.MultiheadAttention) and type(base).forward is nn.MultiheadAttention.forward
+
+
+def weight_names(base: nn.Module) -> list[str]:
+    """Names of the weights of a module that has several: an attention's projections, or one a stack of experts.
+
+    Empty where it is no such module.
+    """
+    if is_attention(base):
+        return [key for key in _PROJECTIONS if weight_at(base, key) is not None]
     shapes = {key: value.shape for key, value in base.named_parameters(recurse=False) if value.dim() == 3}
     counts = {shape[0] for shape in shapes.values()}
     return list(shapes) if len(counts) == 1 and min(counts) > 1 else []
 
 
-def experts_transposed(base: nn.Module) -> bool:
+def weight_at(base: nn.Module, key: str) -> Tensor | None:
+    """The weight of a module that a name of `weight_names` stands for."""
+    owner, _, leaf = key.rpartition(".")
+    return getattr(base.get_submodule(owner), leaf)
+
+
+def put_weight(base: nn.Module, key: str, weight: nn.Parameter) -> None:
+    """Put another in its place."""
+    owner, _, leaf = key.rpartition(".")
+    setattr(base.get_submodule(owner), leaf, weight)
+
+
+def is_transposed(base: nn.Module) -> bool:
     """Whether the matrices are [in, out], as transformers marks its experts, or as a batched product needs them."""
-    return getattr(base, "is_transposed", True)
+    return not is_attention(base) and getattr(base, "is_transposed", True)
 
 
-def expert_matrices(base: nn.Module, key: str) -> Tensor:
-    """One parameter of an experts module as matrices [experts, out, in]."""
-    weight = getattr(base, key).detach()
-    return weight.mT if experts_transposed(base) else weight
+def weight_matrices(base: nn.Module, key: str) -> Tensor:
+    """One of the weights as matrices [matrices, out, in]: one an expert, or a single one."""
+    weight = weight_at(base, key).detach()
+    weight = weight if weight.dim() == 3 else weight.unsqueeze(0)
+    return weight.mT if is_transposed(base) else weight
 
 
 def is_quantised(base: nn.Module) -> bool:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from folklora.adapters.host.kinds import is_quantised_weight
+from folklora.adapters.host.kinds import is_quantised_weight, put_weight, weight_at
 from folklora.factored import Factors
 
 if TYPE_CHECKING:
@@ -37,15 +37,15 @@ def merge(layer: FolkloraLayer, names: list[str], *, finite: bool) -> None:
     if finite and not all(torch.isfinite(value).all() for value in merged.values()):
         raise ValueError(f"merging {', '.join(names)} into layer '{layer.name}' gives values that are not finite")
     for key, value in merged.items():
-        layer.unmerged.setdefault(key, getattr(base, key))
-        setattr(base, key, nn.Parameter(value.contiguous(), requires_grad=False))
+        layer.unmerged.setdefault(key, weight_at(base, key))
+        put_weight(base, key, nn.Parameter(value.contiguous(), requires_grad=False))
     layer.merged_adapters.extend(names)
 
 
 def unmerge(layer: FolkloraLayer) -> None:
     """Put the layer's own weights back, bit for bit."""
     for key, value in layer.unmerged.items():
-        setattr(layer.get_base_layer(), key, value)
+        put_weight(layer.get_base_layer(), key, value)
     layer.unmerged.clear()
     layer.merged_adapters.clear()
 

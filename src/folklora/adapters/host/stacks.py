@@ -43,6 +43,11 @@ def expanded(update: Update, count: int) -> Update:
     return update
 
 
+def child_name(weight: str) -> str:
+    """The name of the child that holds the update of a weight, whose own may have a dot: that of a part's weight."""
+    return weight.replace(".", "_")
+
+
 class StackUpdate(Update):
     """What one adapter adds to the stacks of matrices of a module, such as its experts' up and down projections.
 
@@ -58,11 +63,15 @@ class StackUpdate(Update):
         super().__init__()
         self.names, self.count = tuple(stacks), count
         for name, stack in stacks.items():
-            self.add_module(name, stack)
+            self.add_module(child_name(name), stack)
         self.starts_at_base = all(stack.starts_at_base for stack in stacks.values())
         self.weights = count * len(stacks)
         self.corrects_base = any(stack.corrects_base for stack in stacks.values())
-        self.unsaved = frozenset(f"{name}.{key}" for name, stack in stacks.items() for key in stack.unsaved)
+        self.unsaved = frozenset(f"{child_name(name)}.{key}" for name, stack in stacks.items() for key in stack.unsaved)
+
+    def stack(self, name: str) -> Update:
+        """The method's own update of the weight `name`."""
+        return self.get_submodule(child_name(name))
 
     def pair(self, name: str, corrects: bool = True) -> tuple[Tensor, Tensor]:
         """The factors A [matrices, r, in] and B [matrices, out, r] of a stack, s folded into B.
@@ -71,7 +80,7 @@ class StackUpdate(Update):
             name: The stack.
             corrects: Whether to take what corrects the base as well.
         """
-        stack = self.get_submodule(name)
+        stack = self.stack(name)
 
         def one(parameters: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
             factors = call_with(stack, "factors", parameters) if corrects else call_with(stack, "split", parameters)[0]
@@ -81,12 +90,12 @@ class StackUpdate(Update):
 
     def split(self, x: Tensor | None = None, mask: Tensor | None = None) -> tuple[Factors, Factors | None]:
         """That of the first matrix."""
-        stack = self.get_submodule(self.names[0])
+        stack = self.stack(self.names[0])
         return call_with(stack, "split", self._of(stack, 0))
 
     def derive_stack(self, name: str, matrices: Tensor, saved: dict[str, Tensor], layer: str) -> dict[str, Tensor]:
         """What a stack's saved values leave out, by the names of this module's parameters; see `Update.derive`."""
-        stack, prefix = self.get_submodule(name), f"{name}."
+        stack, prefix = self.stack(name), f"{child_name(name)}."
         own = {key.removeprefix(prefix): value for key, value in saved.items() if key.startswith(prefix)}
         each = [
             stack.derive(matrix, {key: value[index] for key, value in own.items()}, f"{layer}.{name}")
@@ -96,7 +105,7 @@ class StackUpdate(Update):
 
     def penalty(self) -> Tensor | None:
         """The sum over all matrices; None where the method has none."""
-        values = [value for name in self.names for value in self._penalties(self.get_submodule(name))]
+        values = [value for name in self.names for value in self._penalties(self.stack(name))]
         return torch.stack(values).sum() if values else None
 
     def _penalties(self, stack: Update) -> list[Tensor]:
@@ -112,7 +121,7 @@ class StackUpdate(Update):
 
     def after_step(self) -> None:
         """The method's own, matrix by matrix."""
-        for stack in map(self.get_submodule, self.names):
+        for stack in map(self.stack, self.names):
             if type(stack).after_step is Update.after_step:
                 continue
             for index in range(self.count):
@@ -127,4 +136,6 @@ class StackUpdate(Update):
 
     def frozen_parameters(self) -> frozenset[str]:
         """The method's own, in every stack."""
-        return frozenset(f"{name}.{key}" for name in self.names for key in self.get_submodule(name).frozen_parameters())
+        return frozenset(
+            f"{child_name(name)}.{key}" for name in self.names for key in self.stack(name).frozen_parameters()
+        )

@@ -8,11 +8,12 @@ from dataclasses import replace
 
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from folklora.adapters.base import AdapterConfig, Update
-from folklora.adapters.host.experts import chosen_experts, is_named
-from folklora.adapters.host.kinds import EXPERTS, LINEAR, TRANSPOSED, expert_matrices, expert_parameters, kind_of
+from folklora.adapters.host.kinds import LINEAR, TRANSPOSED, Kind, kind_of, weight_matrices, weight_names
 from folklora.adapters.host.layer import FolkloraLayer
+from folklora.adapters.host.weights import chosen_weights, is_named
 
 
 def target_problems(config: AdapterConfig, name: str, base: nn.Module) -> list[str]:
@@ -21,8 +22,8 @@ def target_problems(config: AdapterConfig, name: str, base: nn.Module) -> list[s
         kind = kind_of(base, name)
     except TypeError as error:
         return [str(error)]
-    if kind is EXPERTS:
-        return _expert_problems(config, name, base)
+    if not kind.has_matrix:
+        return _problems_of_several(config, kind, name, base)
     if kind.name not in config.layer_kinds:
         kinds = ", ".join(sorted(config.layer_kinds))
         return [f"{config.method} adapts {kinds} layers; '{name}' is a {type(base).__name__}"]
@@ -36,6 +37,8 @@ def all_linear(config: AdapterConfig, model: nn.Module) -> list[str]:
         head = model.get_output_embeddings()
     except (AttributeError, NotImplementedError):
         head = None
+    # a part of torch's attention is adapted with the whole
+    chosen = {name.rpartition(".")[0] if _in_attention(model.get_submodule(name)) else name for name in chosen}
     # PEFT knows a layer that is adapted already only by a class name with "Linear" in it
     for name, module in model.named_modules():
         if isinstance(module, FolkloraLayer) and module is not head and module.kind in (LINEAR, TRANSPOSED):
@@ -43,50 +46,53 @@ def all_linear(config: AdapterConfig, model: nn.Module) -> list[str]:
     return sorted(chosen)
 
 
+def _in_attention(module: nn.Module) -> bool:
+    return isinstance(module, NonDynamicallyQuantizableLinear)
+
+
 def bare(module: nn.Module) -> nn.Module:
     """The base layer, whether it is adapted already or not."""
     return module.get_base_layer() if isinstance(module, FolkloraLayer) else module
 
 
-def named_experts(config: AdapterConfig, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The experts modules of which `target_parameters` names a parameter."""
+def named_weights(config: AdapterConfig, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules of several weights of which `target_parameters` names one."""
     for name, module in model.named_modules():
-        keys = expert_parameters(bare(module)) if config.target_parameters and ".base_layer" not in name else ()
+        keys = weight_names(bare(module)) if config.target_parameters and ".base_layer" not in name else ()
         if any(is_named(f"{name}.{key}", config.target_parameters) for key in keys):
             yield name, module
 
 
-def _expert_problems(config: AdapterConfig, name: str, base: nn.Module) -> list[str]:
+def _problems_of_several(config: AdapterConfig, kind: Kind, name: str, base: nn.Module) -> list[str]:
+    what = f"the {kind.name} '{name}'"
     if "linear" not in config.layer_kinds:
-        return [f"{config.method} adapts no linear layers, and '{name}' is a {type(base).__name__} made of them"]
+        return [f"{config.method} adapts no linear layers, and {what} is a {type(base).__name__} made of them"]
     if config.needs:
-        return [
-            f"{config.method} needs statistics of each layer, which the experts '{name}' do not show; leave them out"
-        ]
+        return [f"{config.method} needs statistics of each layer, which are hidden inside {what}: leave that out"]
     if config.dropout:
-        return [f"the experts '{name}' take no adapter dropout, for their inputs are hidden inside: set dropout=0"]
+        return [f"{what} can have no adapter dropout, for the inputs are hidden inside: set dropout=0"]
     problems = []
-    for key in chosen_experts(base, name, config):
-        own, shape = config.for_module(f"{name}.{key}"), tuple(expert_matrices(base, key).shape[1:])
+    for key in chosen_weights(base, name, config):
+        own, shape = config.for_module(f"{name}.{key}"), tuple(weight_matrices(base, key).shape[1:])
         found = own.check(shape, f"{name}.{key}")
         # a rank that is still to be read from the weight makes no difference here
         sized = own.changed(r=1) if getattr(own, "r", 1) is None else own
         if not found:
-            found = _unstackable(config, sized.empty(shape), name)
+            found = _unstackable(config, sized.empty(shape), what)
         problems += found
         if found:
             break
     return problems
 
 
-def _unstackable(config: AdapterConfig, update: Update, name: str) -> list[str]:
-    """Why the updates of many experts cannot be one; nothing if empty."""
+def _unstackable(config: AdapterConfig, update: Update, what: str) -> list[str]:
+    """Why the updates of several matrices cannot be one; nothing if empty."""
     if update.gated or update.is_function:
-        return [f"{config.method} reads each layer's input, which the experts '{name}' do not show; leave them out"]
+        return [f"{config.method} reads each layer's input, which is hidden inside {what}: leave that out"]
     if type(config).shared is not AdapterConfig.shared or next(update.buffers(), None) is not None:
         return [
-            f"{config.method} keeps more than each weight's own parameters, which the experts '{name}' have no room "
-            "for; leave them out"
+            f"{config.method} keeps more than each weight's own parameters, for which there is no room in {what}: "
+            "leave that out"
         ]
     return []
 
@@ -98,11 +104,13 @@ def without_match(config: AdapterConfig, model: nn.Module) -> list[str]:
         names = [name for name, _ in model.named_modules()]
         lost = [target for target in config.target_modules if not any(is_named(n, [target]) for n in names)]
         problems += [f"target module '{target}' matches no layer; {_candidates(model)}" for target in lost]
-    known = [f"{name}.{key}" for name, module in model.named_modules() for key in expert_parameters(module)]
+    known = [f"{name}.{key}" for name, module in model.named_modules() for key in weight_names(module)]
     for target in config.target_parameters or []:
         if not any(is_named(name.replace(".base_layer", ""), [target]) for name in known):
             there = ", ".join(sorted({name.rpartition(".")[2] for name in known})) or "none"
-            problems.append(f"target parameter '{target}' matches no experts; their parameters here: {there}")
+            problems.append(
+                f"target parameter '{target}' matches no experts and no attention; their parameters here: {there}"
+            )
     return problems
 
 
@@ -157,8 +165,8 @@ def with_chosen_rank(
     if waiting or type(own).chosen_rank is AdapterConfig.chosen_rank:
         return own
     base = bare(target)
-    if kind_of(base, name) is EXPERTS:
-        found = {f"{name}.{key}": expert_matrices(base, key) for key in chosen_experts(base, name, config)}
+    if not kind_of(base, name).has_matrix:
+        found = {f"{name}.{key}": weight_matrices(base, key) for key in chosen_weights(base, name, config)}
     else:
         found = {name: [kind_of(base, name).matrix(base)]}
     ranks = {key: [own.chosen_rank(matrix) for matrix in matrices] for key, matrices in found.items()}

@@ -20,11 +20,12 @@ from peft.utils.other import AuxiliaryTrainingWrapper, _get_submodules
 from torch import Tensor, nn
 
 from folklora.adapters.base import PEFT_TYPE, AdapterConfig
+from folklora.adapters.host.attention import layer_class
 from folklora.adapters.host.blocks import block_of, read_block, stop_reading
 from folklora.adapters.host.call import CallContext, listen, stop_listening
-from folklora.adapters.host.experts import ExpertsLayer, chosen_experts
-from folklora.adapters.host.kinds import EXPERTS, kind_of
-from folklora.adapters.host.layer import FolkloraLayer, layers_of
+from folklora.adapters.host.combine import check_combination, config_of, fill, weighted_sum
+from folklora.adapters.host.kinds import is_quantised_weight, kind_of
+from folklora.adapters.host.layer import FolkloraLayer, layers_of, updates_of
 from folklora.adapters.host.saved import check_saved_values
 from folklora.adapters.host.shared import (
     SHARED,
@@ -39,12 +40,13 @@ from folklora.adapters.host.targets import (
     all_linear,
     bare,
     check_statistics,
-    named_experts,
+    named_weights,
     nothing_matched,
     target_problems,
     with_chosen_rank,
     without_match,
 )
+from folklora.adapters.host.weights import WeightsLayer, chosen_weights
 
 
 class FolkloraModel(BaseTuner):
@@ -93,8 +95,7 @@ class FolkloraModel(BaseTuner):
         if isinstance(target, FolkloraLayer):
             target.add(adapter_name, own, waiting=waiting, trainable=trainable)
         else:
-            make = ExpertsLayer if kind_of(target, current_key) is EXPERTS else FolkloraLayer
-            layer = make(target, current_key, self._context())
+            layer = layer_class(kind_of(target, current_key), parent)(target, current_key, self._context())
             layer.set_adapter(self.active_adapters)
             layer.add(adapter_name, own, waiting=waiting, trainable=trainable)
             self._replace_module(parent, target_name, layer, target)
@@ -131,7 +132,7 @@ class FolkloraModel(BaseTuner):
             config.target_modules = all_linear(config, model)
         found: dict[str, nn.Module] = {}
         inside = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, FolkloraLayer))
-        experts = dict(named_experts(config, model))
+        experts = dict(named_weights(config, model))
         for name, module in model.named_modules():
             if not name or (inside and name.startswith(inside)):
                 continue
@@ -148,7 +149,7 @@ class FolkloraModel(BaseTuner):
     def _inject_parameters(
         self, peft_config: AdapterConfig, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
     ) -> list[str]:
-        named = dict(named_experts(peft_config, model))
+        named = dict(named_weights(peft_config, model))
         for name, module in named.items():
             if isinstance(module, FolkloraLayer) and adapter_name in module.folklora_updates:
                 continue  # by its module's name, with these parameters alone
@@ -156,7 +157,7 @@ class FolkloraModel(BaseTuner):
             with init_empty_weights() if low_cpu_mem_usage else nullcontext():
                 self._create_and_replace(peft_config, adapter_name, target, target_name, parent, current_key=name)
         return [
-            f"{name}.{key}" for name, module in named.items() for key in chosen_experts(bare(module), name, peft_config)
+            f"{name}.{key}" for name, module in named.items() for key in chosen_weights(bare(module), name, peft_config)
         ]
 
     @classmethod
@@ -174,7 +175,7 @@ class FolkloraModel(BaseTuner):
         return config
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        if isinstance(child, ExpertsLayer):
+        if isinstance(child, WeightsLayer):
             # PEFT's own looks for a parameter named weight
             setattr(parent, child_name, new_module)
             return
@@ -187,6 +188,38 @@ class FolkloraModel(BaseTuner):
         remove_shared(model)
         return model
 
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        svd_rank: int | None = None,
+    ) -> None:
+        """Add one more adapter, a plain LoRA that holds the weighted sum of others, of whatever methods.
+
+        What a method takes out of the base itself (KaSA's noise) counts once and whole, whatever the weights.
+
+        Args:
+            adapters: Names of adapters whose updates do not depend on the input.
+            weights: A number for each, of any sign.
+            adapter_name: The new adapter's name.
+            combination_type: "cat" keeps the sum, with the sum of the ranks (at most the weight's); "svd" takes its
+                best approximation of rank `svd_rank`.
+            svd_rank: The rank that "svd" keeps; None takes the largest of the adapters' on each layer.
+
+        Raises:
+            ValueError: An update depends on the input or is on several weights of one module, an adapter has trained
+                other modules in full, or the names or `combination_type` do not fit; every problem is named.
+        """
+        check_combination(self.model, self.peft_config, adapters, weights, adapter_name, combination_type)
+        if combination_type == "svd" and svd_rank is not None:
+            AdapterConfig.check_rank(svd_rank)
+        sums = weighted_sum(self.model, adapters, weights, combination_type == "svd", svd_rank)
+        self.peft_config[adapter_name] = config_of(sums, self.peft_config[adapters[0]])
+        self.inject_adapter(self.model, adapter_name)
+        fill(self.model, adapter_name, sums)
+
     def _check_merge_allowed(self) -> None:
         embedding, head = _tied_pair(self.model)
         if embedding is not None and any(isinstance(part, FolkloraLayer) for part in (embedding, head)):
@@ -194,6 +227,17 @@ class FolkloraModel(BaseTuner):
                 "the input embedding and the output head share one weight and one of them is adapted: merging would "
                 "change both; load the model with tie_word_embeddings=False to merge"
             )
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        if not autocast_adapter_dtype:
+            # they are made in float32, and PEFT knows only how to leave them as they are
+            for layer, update in updates_of(self.model, adapter_name):
+                weight = layer.stored_weight()
+                if not is_quantised_weight(weight):
+                    update.to(weight.dtype)
+                    if update.shared is not None:
+                        update.shared.to(weight.dtype)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -203,7 +247,7 @@ class FolkloraModel(BaseTuner):
         if rows is None or layer is None:
             yield
             return
-        self._check_rows(rows)
+        self._check_rows(rows, _batch_size(args, kwargs))
         layer.context.rows = list(rows)
         handles = [
             module.register_forward_pre_hook(partial(_name_rows, rows=list(rows)), with_kwargs=True)
@@ -229,7 +273,11 @@ class FolkloraModel(BaseTuner):
                 'with use_cache=False or num_beams=1, or train with granularity="token"'
             )
 
-    def _check_rows(self, rows: list[str]) -> None:
+    def _check_rows(self, rows: list[str], batch: int | None) -> None:
+        if not rows or (batch or 0) % len(rows):
+            raise ValueError(
+                f"adapter_names has {len(rows)} entries, and the batch has {batch} rows: name one adapter a row"
+            )
         unknown = sorted(set(rows) - set(self.peft_config) - {"__base__"})
         if unknown:
             raise ValueError(f"no adapter {', '.join(unknown)}; there are {', '.join(self.peft_config)} and __base__")
@@ -288,6 +336,17 @@ class FolkloraModel(BaseTuner):
 
 def _name_rows(module: nn.Module, args: tuple, kwargs: dict, rows: list[str]) -> tuple[tuple, dict]:
     return args, {**kwargs, "adapter_names": rows}
+
+
+def _batch_size(args: tuple, kwargs: dict[str, Any]) -> int | None:
+    """How many rows a call has; None where none of its arguments is sure to have one each."""
+    tensors = [value for value in kwargs.values() if isinstance(value, Tensor)]
+    first = next((kwargs[key] for key in ("input_ids", "inputs_embeds") if kwargs.get(key) is not None), None)
+    if args and isinstance(args[0], Tensor):
+        first = args[0]
+    elif first is None and len(tensors) == 1:
+        first = tensors[0]
+    return len(first) if isinstance(first, Tensor) and first.dim() else None
 
 
 def _awaits_values(config: AdapterConfig) -> bool:
