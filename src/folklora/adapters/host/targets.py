@@ -83,6 +83,10 @@ def _unstackable(config: AdapterConfig, update: Update, name: str) -> list[str]:
     """Why the updates of many experts cannot be one; nothing if empty."""
     if update.gated or update.is_function:
         return [f"{config.method} reads each layer's input, which the experts '{name}' do not show; leave them out"]
+    if update.is_dense:
+        return [
+            f"{config.method} changes single entries of a weight, and has no way to the experts '{name}'; leave them out"
+        ]
     if type(config).shared is not AdapterConfig.shared or next(update.buffers(), None) is not None:
         return [
             f"{config.method} keeps more than each weight's own parameters, which the experts '{name}' have no room "
