@@ -85,7 +85,8 @@ def _unstackable(config: AdapterConfig, update: Update, name: str) -> list[str]:
         return [f"{config.method} reads each layer's input, which the experts '{name}' do not show; leave them out"]
     if update.is_dense:
         return [
-            f"{config.method} changes single entries of a weight, and has no way to the experts '{name}'; leave them out"
+            f"{config.method} changes single entries of weights, which the experts '{name}' have no room for; leave "
+            "them out"
         ]
     if type(config).shared is not AdapterConfig.shared or next(update.buffers(), None) is not None:
         return [
