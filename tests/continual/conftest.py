@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,18 @@ def _task(name: str, labels: tuple[str, str]) -> Task:
 def stream() -> list[Task]:
     """Two tasks; the labels of one take a single token and those of the other several."""
     return [_task("xx", (" yes", " no")), _task("yy", (" no", " positive"))]
+
+
+@pytest.fixture(scope="session")
+def opposed(stream: list[Task]) -> list[Task]:
+    """The two tasks with the same answers the other way round, a token each, which few steps suffice to learn."""
+
+    def plain(example: Example) -> Example:
+        return replace(example, completion=example.completion.replace(" positive", " yes"))
+
+    first, second = stream
+    train, test = (tuple(map(plain, rows)) for rows in (second.train, second.test))
+    return [first, replace(second, train=train, test=test, labels=(" no", " yes"))]
 
 
 @pytest.fixture

@@ -10,13 +10,12 @@ import pytest
 import torch
 from peft import PeftModel
 
-from folklora import ExSSNeT, LoRA, learn
+from folklora import ExSSNeT, LoRA
 from folklora.adapters.exssnet import choose_task
 from folklora.adapters.host.layer import updates_of
 from folklora.continual import ExSSNeTStream
 from folklora.continual.exssnet import nearest_vote, read
-from folklora.demo import model_folder
-from folklora.demo.tasks import demo_tasks
+from folklora.stream.evaluate import evaluate
 
 TARGETS = ["v_proj", "down_proj"]
 QUICK = {"r": None, "target_modules": TARGETS, "density": 0.3}
@@ -26,6 +25,12 @@ def logits(model: PeftModel, tokenizer: Any) -> torch.Tensor:
     ids = torch.tensor([tokenizer("xx: abc\nAnswer: yes")["input_ids"]])
     with torch.no_grad():
         return model.eval()(input_ids=ids).logits
+
+
+def started(method, base):
+    # the first scores are drawn here
+    torch.manual_seed(0)
+    return method.start(base)
 
 
 def teach_all(method, model, tokenizer, tasks, drill, after=None, count=4):
@@ -43,7 +48,7 @@ def teach_all(method, model, tokenizer, tasks, drill, after=None, count=4):
 
 def test_answers_of_earlier_tasks_stay_to_the_bit(tiny_llama, tiny_tokenizer, stream, drill):
     method = ExSSNeTStream(ExSSNeT(density=0.3, target_modules=TARGETS), transfer="always")
-    model = method.start(tiny_llama(1))
+    model = started(method, tiny_llama(1))
     seen, scores = [], []
 
     def after(index, carried):
@@ -73,7 +78,7 @@ def test_a_stopped_run_goes_on_to_the_same_results(teach):
 def test_without_a_weights_phase_only_masks_are_learnt(tiny_llama, tiny_tokenizer, stream, drill):
     method = ExSSNeTStream(ExSSNeT(density=0.3, target_modules=TARGETS), weight_epochs=0, transfer="none")
     assert [phase.name for phase in method.phases] == ["mask"]
-    model = method.start(tiny_llama(1))
+    model = started(method, tiny_llama(1))
     teach_all(method, model, tiny_tokenizer, stream, drill)
     assert method.finish(model, tiny_tokenizer, stream, 1) == {}, "nothing is carried where nothing starts from it"
     for layer, update in updates_of(model, "default"):
@@ -134,7 +139,7 @@ def test_with_random_answers_the_vote_is_right_as_often_as_chance():
 def three(tiny_llama, tiny_tokenizer, stream, drill):
     """A method after two tasks, the second of random answers; its model; and a stream that goes on with the first."""
     method = ExSSNeTStream(ExSSNeT(density=0.3, target_modules=TARGETS), transfer_share=1.0)
-    model = method.start(tiny_llama(1))
+    model = started(method, tiny_llama(1))
     draw = random.Random(0)
     noise = tuple(dataclasses.replace(e, completion=draw.choice((" yes", " no"))) for e in stream[0].train)
     tasks = [stream[0], dataclasses.replace(stream[1], train=noise, labels=(" yes", " no"))]
@@ -175,7 +180,7 @@ def test_other_ways_to_start(three, tiny_tokenizer):
 @pytest.mark.parametrize("two_sided", [False, True])
 def test_features_are_what_the_head_is_given(tiny_llama, tiny_t5, tiny_tokenizer, two_sided):
     base, targets = (tiny_t5(), ["v", "wo"]) if two_sided else (tiny_llama(1), TARGETS)
-    model = ExSSNeTStream(ExSSNeT(density=0.9, target_modules=targets)).start(base)
+    model = started(ExSSNeTStream(ExSSNeT(density=0.9, target_modules=targets)), base)
     given = []
     handle = base.lm_head.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0][0, -1].detach()))
     found = read(model.train(), tiny_tokenizer, ["xx: a\nAnswer:", "a longer prompt\nAnswer:"])
@@ -186,14 +191,19 @@ def test_features_are_what_the_head_is_given(tiny_llama, tiny_t5, tiny_tokenizer
     torch.testing.assert_close(scale * found, torch.stack(given))
 
 
-def test_it_learns_and_forgets_nothing(tmp_path):
-    tasks = demo_tasks(train=90, test=30)[:2]
-    options = {"learning_rate": 0.003, "epochs": 2, "density": 0.5, "mask_learning_rate": 0.01}
-    run = learn(model_folder(), tasks, "exssnet", out=tmp_path / "run", options=options)
-    entry = run.results["methods"]["exssnet"]
-    assert entry["matrix"][0][0] > entry["start"][0] + 20
-    assert entry["matrix"][1][1] > entry["start"][1] + 20
-    assert entry["forgetting"] == 0
+def test_it_learns_and_forgets_nothing(tiny_llama, tiny_tokenizer, opposed, drill):
+    method = ExSSNeTStream(ExSSNeT(density=0.5, target_modules=TARGETS))
+    model, rows = started(method, tiny_llama(1)), []
+
+    def after(index, carried):
+        rows.append([])
+        for number, task in enumerate(opposed[: index + 1]):
+            method.route(model, number, index + 1)
+            rows[-1].append(evaluate(model, tiny_tokenizer, task, max_length=48))
+
+    teach_all(method, model, tiny_tokenizer, opposed, drill, after, count=40)
+    assert rows[0][0] == rows[1][0] >= 90
+    assert rows[1][1] >= 90
 
 
 def test_options_are_checked():

@@ -6,11 +6,10 @@ import pytest
 import torch
 from peft import PeftModel
 
-from folklora import LTSFT, LoRA, learn, tiny
+from folklora import LTSFT, LoRA, tiny
 from folklora.adapters.host.layer import layers_of, updates_of
 from folklora.continual import LTSFTStream, Phase
-from folklora.demo import model_folder
-from folklora.demo.tasks import demo_tasks
+from folklora.stream.evaluate import evaluate
 
 # these options know no rank
 QUICK = {"r": None, "target_modules": ["v_proj", "down_proj"], "k": 150}
@@ -76,14 +75,15 @@ def test_iterations_share_the_entries_out(tiny_llama, tiny_tokenizer, stream, dr
     assert counts == [0, 33, 33, 66, 66, 100]
 
 
-def test_it_learns_and_its_folders_compose(tmp_path):
-    tasks = demo_tasks(train=90, test=30)[:2]
-    options = {"learning_rate": 0.003, "epochs": 2, "density": 0.05}
-    run = learn(model_folder(), tasks, "lt-sft", out=tmp_path / "run", options=options)
-    entry = run.results["methods"]["lt-sft"]
-    assert entry["matrix"][0][0] > entry["start"][0] + 20
-    assert entry["matrix"][1][1] > entry["start"][1] + 20
-    assert sorted(path.name for path in run.adapters("lt-sft").iterdir() if path.is_dir()) == ["task_0", "task_1"]
+def test_it_learns(tiny_llama, tiny_tokenizer, opposed, drill):
+    method = LTSFTStream(LTSFT(density=0.3, target_modules=["v_proj", "down_proj"]))
+    model = method.start(tiny_llama(1))
+    for index, task in enumerate(opposed):
+        method.prepare(model, tiny_tokenizer, opposed, index)
+        for phase in range(2):
+            method.enter(model, tiny_tokenizer, opposed, index, phase)
+            drill(model, task, 30)
+        assert evaluate(model, tiny_tokenizer, task, max_length=48) >= 90
 
 
 def test_options_are_checked(tiny_llama):
