@@ -5,6 +5,7 @@ from typing import Any
 
 from folklora.adapters import (
     KIND,
+    LTSFT,
     OSFT,
     SALT,
     SORSA,
@@ -13,6 +14,7 @@ from folklora.adapters import (
     CoDyRA,
     CorDA,
     DiffoRA,
+    ExSSNeT,
     GenerativeAdapter,
     KaSA,
     LoRA,
@@ -59,6 +61,7 @@ _steps.register()
 
 __all__ = [
     "KIND",
+    "LTSFT",
     "OSFT",
     "SALT",
     "SORSA",
@@ -67,6 +70,7 @@ __all__ = [
     "CoDyRA",
     "CorDA",
     "DiffoRA",
+    "ExSSNeT",
     "Example",
     "Factors",
     "GenerativeAdapter",

@@ -219,12 +219,18 @@ def with_updates(model: nn.Module, base: nn.Module) -> nn.Module:
     for layer in layers_of(model):
         weight = base.get_submodule(layer.name).weight
         for name in layer.active_adapters:
-            update = layer.folklora_updates[name]
-            if not update.gated:
-                factors = update.factors()
-                factors = dataclasses.replace(factors, A=factors.A.double(), B=factors.B.double())
-                weight.data += layer.kind.layout(layer.get_base_layer(), factors.dense()).to(weight)
+            if not layer.folklora_updates[name].gated:
+                weight.data += layer.kind.layout(layer.get_base_layer(), change(layer, name)).to(weight)
     return base
+
+
+def change(layer: FolkloraLayer, adapter_name: str = "default") -> Tensor:
+    """The ΔW [out, in] of an adapter on a layer, float64; not of a gated one, which has none."""
+    update = layer.folklora_updates[adapter_name]
+    if update.is_dense:
+        return update.dense(layer.kind.matrix(layer.get_base_layer()).double())
+    factors = update.factors()
+    return dataclasses.replace(factors, A=factors.A.double(), B=factors.B.double()).dense()
 
 
 def layer_input(layer: FolkloraLayer) -> Tensor:

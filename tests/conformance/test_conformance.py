@@ -9,6 +9,7 @@ import torch
 
 from folklora import (
     KIND,
+    LTSFT,
     OSFT,
     SALT,
     SORSA,
@@ -16,6 +17,7 @@ from folklora import (
     CoDyRA,
     CorDA,
     DiffoRA,
+    ExSSNeT,
     GenerativeAdapter,
     KaSA,
     LoRA,
@@ -60,6 +62,7 @@ VARIANTS = {
         target_modules=TARGETS,
         selected=["model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj"],
     ),
+    "exssnet on embedding and head": ExSSNeT(density=0.5, target_modules=["embed_tokens", "lm_head", "o_proj"]),
     "generative-adapter by reconstruction": GenerativeAdapter(
         r=5,
         inter_size=7,
@@ -103,6 +106,7 @@ VARIANTS = {
     "lora-xs from the base": LoRAXS(
         r=3, sigma=0.0, alpha=7, dropout=0.3, target_modules=["embed_tokens", "lm_head", "o_proj", "up_proj"]
     ),
+    "lt-sft with an l1 term": LTSFT(l1_full=5.0, train_bias=True, target_modules=["embed_tokens", "lm_head", "o_proj"]),
     "osft by a share": OSFT(
         unfreeze_rank_ratio=0.6, dropout=0.3, target_modules=["embed_tokens", "lm_head", "k_proj", "o_proj", "up_proj"]
     ),

@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from folklora import learn
 from folklora.stream.tasks import Example, Task
+from folklora.stream.tokens import IGNORED, encode
 
 QUICK = {"r": 2, "dropout": 0.0, "learning_rate": 0.02, "batch_size": 8, "max_length": 48, "epochs": 2}
 
@@ -37,17 +41,32 @@ def stream() -> list[Task]:
     return [_task("xx", (" yes", " no")), _task("yy", (" no", " positive"))]
 
 
+@pytest.fixture(scope="session")
+def opposed(stream: list[Task]) -> list[Task]:
+    """The two tasks with the same answers the other way round, a token each, which few steps suffice to learn."""
+
+    def plain(example: Example) -> Example:
+        return replace(example, completion=example.completion.replace(" positive", " yes"))
+
+    first, second = stream
+    train, test = (tuple(map(plain, rows)) for rows in (second.train, second.test))
+    return [first, replace(second, train=train, test=test, labels=(" no", " yes"))]
+
+
 @pytest.fixture
 def teach(tiny_llama: Any, tiny_tokenizer: Any, stream: list[Task], tmp_path: Path) -> Callable[..., dict[str, Any]]:
     """`teach(method, out, model=..., **options)`: the method's entry in the results of the stream, without times."""
 
-    def run(method: Any, out: str, model: Any = None, stop_in: int | None = None, **options: Any) -> dict[str, Any]:
-        chosen = QUICK | options
+    def run(
+        method: Any, out: str, model: Any = None, stop_in: int | None = None, phase: str = "", **options: Any
+    ) -> dict[str, Any]:
+        # None leaves out what a method does not know
+        chosen = {key: value for key, value in (QUICK | options).items() if value is not None}
         asked = {"out": tmp_path / out, "options": chosen, "tokenizer": tiny_tokenizer, "seed": 3}
         base = tiny_llama(1) if model is None else model
         if stop_in is not None:
             with pytest.raises(StoppedError):
-                learn(base, stream, method, **asked, progress=_stopper(stop_in))
+                learn(base, stream, method, **asked, progress=_stopper(stop_in, phase))
             base, asked["resume"] = tiny_llama(1), True
         entry = next(iter(learn(base, stream, method, **asked).results["methods"].values()))
         entry = json.loads(json.dumps(entry))
@@ -56,14 +75,35 @@ def teach(tiny_llama: Any, tiny_tokenizer: Any, stream: list[Task], tmp_path: Pa
     return run
 
 
-def _stopper(index: int) -> Callable[..., None]:
-    """Stops a run in the middle of the training of task number `index`."""
-    at: dict[str, int] = {}
+@pytest.fixture(scope="session")
+def drill(tiny_tokenizer: Any) -> Callable[..., None]:
+    """`drill(model, task)`: a few steps of a new AdamW on what is trained, where a whole trainer would be slow."""
+
+    def run(model: Any, task: Task, count: int = 4) -> None:
+        rows = [encode(tiny_tokenizer, example, 48) for example in task.train]
+        batch = {
+            key: pad_sequence([torch.tensor(row[key]) for row in rows], batch_first=True, padding_value=blank)
+            for key, blank in (("input_ids", 1), ("labels", IGNORED))
+        }
+        mask = batch["input_ids"] != 1
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02, weight_decay=0.0)
+        model.train()
+        for _ in range(count):
+            model(**batch, attention_mask=mask).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return run
+
+
+def _stopper(index: int, phase: str) -> Callable[..., None]:
+    """Stops a run in the middle of the training of task number `index`, in a phase if one is named."""
+    at: dict[str, Any] = {}
 
     def progress(event: str, **details: Any) -> None:
         if event == "train":
-            at["index"] = details["index"]
-        if event == "step" and at["index"] == index and details["step"] == 3:
+            at.update(details)
+        if event == "step" and at["index"] == index and phase in at["task"] and details["step"] == 3:
             raise StoppedError
 
     return progress

@@ -5,12 +5,14 @@ from folklora.adapters.base import AdapterConfig, Update
 from folklora.adapters.codyra import CoDyRA
 from folklora.adapters.corda import CorDA
 from folklora.adapters.diffora import DiffoRA
+from folklora.adapters.exssnet import ExSSNeT
 from folklora.adapters.generative_adapter import GenerativeAdapter
 from folklora.adapters.kasa import KaSA
 from folklora.adapters.kind import KIND
 from folklora.adapters.lora import LoRA
 from folklora.adapters.lora_sb import LoRASB
 from folklora.adapters.lora_xs import LoRAXS
+from folklora.adapters.lt_sft import LTSFT
 from folklora.adapters.osft import OSFT
 from folklora.adapters.pissa import PiSSA
 from folklora.adapters.randlora import RandLoRA
@@ -23,6 +25,7 @@ from folklora.adapters.vl_adapter import VLAdapter
 
 __all__ = [
     "KIND",
+    "LTSFT",
     "OSFT",
     "SALT",
     "SORSA",
@@ -31,6 +34,7 @@ __all__ = [
     "CoDyRA",
     "CorDA",
     "DiffoRA",
+    "ExSSNeT",
     "GenerativeAdapter",
     "KaSA",
     "LoRA",

@@ -76,6 +76,8 @@ class Update(nn.Module):
     `gated` too."""
     reads_block: ClassVar[bool] = False
     """Whether it reads the hidden states that enter the block its layer is in, `context.blocks[block_of(name)]`."""
+    is_dense: ClassVar[bool] = False
+    """Whether the update has no factors and gives a change of any rank, `dense(W)`, instead."""
     decomposes: bool = False
     """Whether each forward pass takes a matrix decomposition."""
 
@@ -103,6 +105,14 @@ class Update(nn.Module):
             x: The layer's input [..., in].
             y: The base layer's own output [..., out], without any update.
             mask: [batch, positions] with 1 for real tokens, or None where it is not known.
+        """
+        raise NotImplementedError
+
+    def dense(self, weight: Tensor) -> Tensor:
+        """What an update that `is_dense` adds to the base weight W [out, in]; of several, the changes are added up.
+
+        Args:
+            weight: W, dequantised, float32 or more.
         """
         raise NotImplementedError
 
@@ -159,8 +169,11 @@ class Update(nn.Module):
         return self.shared[name].to(self.base_sample.device)
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
-        """Own and shared parameters: whoever trains, freezes or holds this update does so with what it shares."""
-        yield from super().parameters(recurse)
+        """Own and shared parameters: whoever trains, freezes or holds this update does so with what it shares.
+
+        Frozen whole numbers (indices, masks) are left out: PEFT asks everything here for gradients.
+        """
+        yield from (parameter for parameter in super().parameters(recurse) if parameter.is_floating_point())
         if self.shared is not None:
             yield from self.shared.values()
 

@@ -1,9 +1,11 @@
 """What keeps the old tasks alive while a stream of tasks goes by; one file a method."""
 
 from folklora.continual.am_lora import AMLoRAStream
-from folklora.continual.base import AdapterPerTask, ContinualMethod
+from folklora.continual.base import AdapterPerTask, ContinualMethod, Phase
 from folklora.continual.ewc import EWC
+from folklora.continual.exssnet import ExSSNeTStream
 from folklora.continual.inc_lora import IncLoRA
+from folklora.continual.lt_sft import LTSFTStream
 from folklora.continual.lwf import LwF
 from folklora.continual.multi_task import MultiTask
 from folklora.continual.o_lora import OLoRA
@@ -17,12 +19,15 @@ __all__ = [
     "AMLoRAStream",
     "AdapterPerTask",
     "ContinualMethod",
+    "ExSSNeTStream",
     "IncLoRA",
+    "LTSFTStream",
     "LwF",
     "MultiTask",
     "OLoRA",
     "OSFTStream",
     "PerTask",
+    "Phase",
     "Replay",
     "SeqLoRA",
 ]

@@ -1,8 +1,10 @@
-"""What a model says where it is taught: the logits that answer tokens are read from."""
+"""What a model says where it is taught: how a prompt is put to it, and the logits that answer tokens are read from."""
 
 from __future__ import annotations
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from folklora.stream.tokens import IGNORED
 
@@ -21,3 +23,10 @@ def at_answers(logits: Tensor, labels: Tensor, *, encoder_decoder: bool) -> tupl
         logits, labels = logits[:, :-1], labels[:, 1:]
     learnt = labels != IGNORED
     return logits[learnt].float(), labels[learnt]
+
+
+def prompt_inputs(model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompt: str) -> dict[str, Tensor]:
+    """What to call a model with so that it reads one prompt; of an encoder-decoder, the decoder reads one token."""
+    ids = torch.tensor([tokenizer(prompt, truncation=True)["input_ids"]], device=model.device)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    return {**inputs, "decoder_input_ids": ids[:, :1]} if model.config.is_encoder_decoder else inputs

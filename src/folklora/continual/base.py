@@ -15,13 +15,29 @@ from folklora.adapters import LoRA
 from folklora.stream.tasks import Example, Task
 
 
+@dataclass(frozen=True)
+class Phase:
+    """One of the trainings that a task takes, each with a new optimiser.
+
+    Args:
+        name: What it is called while it runs; none where a task takes one alone.
+        epochs: Passes over the task's examples; None takes the stream's settings.
+        learning_rate: None takes the stream's settings.
+    """
+
+    name: str = ""
+    epochs: float | None = None
+    learning_rate: float | None = None
+
+
 @dataclass
 class ContinualMethod:
     """A way of learning a stream of tasks over any adapter method.
 
-    The stream calls, for each task: `prepare`, training on `examples` with `penalty` in the loss, `finish`; and
-    `route` before each evaluation. Where `reads_logits`, `logits_penalty` is in the loss as well. A method overrides
-    what it does differently; the base class trains one adapter on and on.
+    The stream calls, for each task: `prepare`; for each of its `phases`, `enter` and training on `examples` with
+    `penalty` in the loss; `finish`; and `route` before each evaluation. A run that was stopped begins its task anew.
+    Where `reads_logits`, `logits_penalty` is in the loss as well. A method overrides what it does differently; the
+    base class trains one adapter on and on.
 
     Args:
         adapter: Options of the adapter that is trained, any `peft.PeftConfig`.
@@ -49,6 +65,16 @@ class ContinualMethod:
 
     def prepare(self, model: PeftModel, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[Task], index: int) -> None:
         """Make the model ready to learn task number `index` (from 0); called before its training."""
+
+    @property
+    def phases(self) -> Sequence[Phase]:
+        """The trainings of each task, in order."""
+        return (Phase(),)
+
+    def enter(
+        self, model: PeftModel, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[Task], index: int, phase: int
+    ) -> None:
+        """Make the model ready for number `phase` of the `phases` of task number `index`, both from 0."""
 
     def examples(self, tasks: Sequence[Task], index: int, seed: int) -> list[Example]:
         """What to train on for task number `index`.

@@ -9,11 +9,12 @@ from typing import ClassVar, Literal
 import torch
 import torch.nn.functional as F
 from peft import PeftModel
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from folklora.adapters.host.layer import FolkloraLayer, updates_of
 from folklora.adapters.osft import OSFT, next_task
+from folklora.continual.answers import prompt_inputs
 from folklora.continual.base import ContinualMethod
 from folklora.stream.tasks import Task
 
@@ -148,15 +149,9 @@ def similarities(model: PeftModel, tokenizer: PreTrainedTokenizerBase, task: Tas
     model.eval()
     try:
         for example in task.train[:_OBSERVED]:
-            model(**_inputs(model, tokenizer, example.prompt))
+            model(**prompt_inputs(model, tokenizer, example.prompt))
     finally:
         model.train(training)
         for handle in handles:
             handle.remove()
     return {name: float(torch.cat(values).mean()) for name, values in seen.items()}
-
-
-def _inputs(model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompt: str) -> dict[str, Tensor]:
-    ids = torch.tensor([tokenizer(prompt, truncation=True)["input_ids"]], device=model.device)
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    return {**inputs, "decoder_input_ids": ids[:, :1]} if model.config.is_encoder_decoder else inputs

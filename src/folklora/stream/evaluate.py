@@ -18,7 +18,7 @@ from transformers import DynamicCache, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.modeling_outputs import BaseModelOutput
 
-from folklora.adapters.host.layer import restore_past, saved_past
+from folklora.adapters.host.past import restore_past, saved_past
 from folklora.stream.tasks import Task
 from folklora.stream.tokens import label_tokens, prompt_tokens
 

@@ -172,20 +172,8 @@ class _Lesson:
         seed = course.seed * 1000 + index
         set_seed(seed)
         self.method.prepare(model, course.tokenizer, course.tasks, index)
-        trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        examples = self.method.examples(course.tasks, index, course.seed)
         name = "all tasks" if self.method.joint else course.tasks[index].name
-        course.tell(event="train", method=self.method.method, task=name, index=index, examples=len(examples))
-        losses = train_task(
-            model,
-            course.tokenizer,
-            self.method,
-            examples,
-            course.settings,
-            seed=seed,
-            folder=course.run.path / self.method.method / ".trainer",
-            on_step=lambda step, steps, loss: course.tell(event="step", step=step, steps=steps, loss=loss),
-        )
+        losses, trainable = self._train(model, index, name, seed)
         carried = self.method.finish(model, course.tokenizer, course.tasks, index)
         trained = time.perf_counter() - began
         row = self._row(model, len(course.tasks) if self.method.joint else index + 1)
@@ -204,6 +192,32 @@ class _Lesson:
         course.run.log("task", method=self.method.method, task=name, row=row, seconds=state["seconds"])
         course.tell(event="row", method=self.method.method, index=index, row=row)
         self.states.append(state)
+
+    def _train(self, model: PeftModel, index: int, name: str, seed: int) -> tuple[list[dict[str, float]], int]:
+        """The losses of all phases of a task, their steps counted on, and the most parameters that one trains."""
+        course, method = self.course, self.method
+        examples = method.examples(course.tasks, index, course.seed)
+        losses: list[dict[str, float]] = []
+        trainable = 0
+        for number, phase in enumerate(method.phases):
+            method.enter(model, course.tokenizer, course.tasks, index, number)
+            trainable = max(trainable, sum(p.numel() for p in model.parameters() if p.requires_grad))
+            shown = f"{name}, {phase.name}" if phase.name else name
+            course.tell(event="train", method=method.method, task=shown, index=index, examples=len(examples))
+            own = {key: getattr(phase, key) for key in ("epochs", "learning_rate")}
+            found = train_task(
+                model,
+                course.tokenizer,
+                method,
+                examples,
+                dataclasses.replace(course.settings, **{key: value for key, value in own.items() if value is not None}),
+                seed=seed,
+                folder=course.run.path / method.method / ".trainer",
+                on_step=lambda step, steps, loss: course.tell(event="step", step=step, steps=steps, loss=loss),
+            )
+            before = losses[-1]["step"] if losses else 0
+            losses += [{**point, "step": before + point["step"]} for point in found]
+        return losses, trainable
 
     def _start(self, model: PeftModel) -> list[float]:
         """The untouched base model's score on every task."""

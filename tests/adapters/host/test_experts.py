@@ -135,11 +135,13 @@ def test_start_gradients_disabling_merging_saving(name: str, config: folklora.Ad
 FIXED = {m.name: m.factory for m in methods("adapters") if (m.name, "merge") not in check.EXCEPTIONS}
 # state beside a weight's own parameters: bases or choices that layers share, a count of steps
 WITH_MORE_STATE = {"codyra", "diffora", "randlora"}
+WITHOUT_FACTORS = {"exssnet", "lt-sft"}
+UNFIT = WITH_MORE_STATE | WITHOUT_FACTORS
 
 
 @pytest.mark.parametrize(
     "name",
-    [n for n, one in FIXED.items() if "linear" in one.layer_kinds and not one.needs and n not in WITH_MORE_STATE],
+    [n for n, one in FIXED.items() if "linear" in one.layer_kinds and not one.needs and n not in UNFIT],
 )
 def test_every_method_with_a_fixed_update_adapts_experts(name: str) -> None:
     options = {"r": 3} if "r" in {field.name for field in fields(FIXED[name])} else {}
@@ -386,6 +388,9 @@ def test_what_cannot_be_is_refused_in_words() -> None:
     for name in WITH_MORE_STATE:
         with pytest.raises(ValueError, match=f"{name} keeps more than each weight's own parameters, for which"):
             _adapted("mixtral", FIXED[name](r=3))
+    for name in WITHOUT_FACTORS:
+        with pytest.raises(ValueError, match=f"{name} changes entries of weights, for which there is no room"):
+            _adapted("mixtral", FIXED[name]())
     with pytest.raises(
         ValueError, match=r"'w1' matches no experts and no attention; their parameters here: down_proj, gate_up_proj"
     ):

@@ -114,7 +114,7 @@ def test_output_and_gradients_are_those_of_the_dense_weight(name: str, kind: str
     trained = {key: value for key, value in update.named_parameters() if value.requires_grad}
     found = torch.autograd.grad(y, list(trained.values()), cotangent)
 
-    weight = base.weight.detach() + layer.kind.layout(base, update.factors().dense())
+    weight = base.weight.detach() + layer.kind.layout(base, tiny.change(layer))
     bias = getattr(base, "bias", None)
     bias = bias if update.bias_change is None else bias.detach() + update.bias_change
     expected = LAYERS[kind][2](x, weight, bias)

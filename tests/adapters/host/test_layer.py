@@ -37,6 +37,11 @@ def _over(layer: nn.Module, config: AdapterConfig, *inputs: Tensor) -> PeftModel
     return tiny.moved(get_peft_model(model, tiny.calibrated(model, config, inputs))).eval()
 
 
+def _small(method: str, **options: Any) -> AdapterConfig:
+    rank = {"r": 2} if "r" in DENSE[method].__dataclass_fields__ else {}
+    return DENSE[method](**rank, **options)
+
+
 def _gpt2() -> GPT2LMHeadModel:
     torch.manual_seed(0)
     config = GPT2Config(n_layer=1, n_embd=16, n_head=2, vocab_size=32, n_positions=16, tie_word_embeddings=False)
@@ -71,7 +76,7 @@ def test_forward_is_the_merged_layer(method: str, kind: str) -> None:
     if kind_of(layer, kind).name not in DENSE[method].layer_kinds:
         pytest.skip(f"{method} does not adapt {kind_of(layer, kind).name} layers")
     base = layer(x)
-    model = _over(layer, DENSE[method](r=2), x)
+    model = _over(layer, _small(method), x)
     adapted = model(x)
     model.merge_adapter()
     tiny.close(adapted, model(x), 1e-5, "the layer adapted and merged")
@@ -87,7 +92,7 @@ def test_forward_is_the_merged_gpt2(method: str) -> None:
     targets = ["c_attn", "c_proj", "c_fc", "lm_head"]
     if "embedding" in DENSE[method].layer_kinds:
         targets.append("wte")
-    config = tiny.calibrated(_gpt2(), DENSE[method](r=2, target_modules=targets), [{"input_ids": tokens}])
+    config = tiny.calibrated(_gpt2(), _small(method, target_modules=targets), [{"input_ids": tokens}])
     model = tiny.moved(get_peft_model(_gpt2(), config)).eval()
     adapted = model(input_ids=tokens).logits
     start = _gpt2()(input_ids=tokens).logits

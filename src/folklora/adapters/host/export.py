@@ -35,8 +35,8 @@ def export_lora(
         The LoRA rank of every exported layer, by the layer's name (experts: by the parameter's).
 
     Raises:
-        ValueError: There is no such adapter, its update depends on its input and has no LoRA form, or it is on a
-            convolution that PEFT's LoRA does not compute, or on torch's attention.
+        ValueError: There is no such adapter, its update depends on its input or is dense and has no LoRA form, or it
+            is on a convolution that PEFT's LoRA does not compute, or on torch's attention.
         RuntimeError: The adapter waits for saved values that were never loaded.
         FileExistsError: `out` is there already.
     """
@@ -81,6 +81,12 @@ def _check_exportable(adapter_name: str, pairs: list[tuple[FolkloraLayer, Update
         raise ValueError(
             f"adapter '{adapter_name}' has no plain LoRA form: its update depends on {gated.depends_on} "
             f"({type(gated).__name__}), and a LoRA is the same for every input"
+        )
+    dense = next((update for _, update in pairs if update.is_dense), None)
+    if dense is not None:
+        raise ValueError(
+            f"adapter '{adapter_name}' has no LoRA form of low rank: it changes weights entry by entry "
+            f"({type(dense).__name__}); merge it instead (merge_and_unload)"
         )
     attention = next((layer for layer, _ in pairs if layer.kind is ATTENTION), None)
     if attention is not None:

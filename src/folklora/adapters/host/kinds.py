@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers.pytorch_utils import Conv1D
@@ -32,6 +33,9 @@ class Kind:
 
     def matrix(self, base: nn.Module) -> Tensor:
         """The weight as a matrix [out, in], dequantised."""
+        if not is_quantised(base):
+            # by each pass of an update that is dense; dynamo cannot follow PEFT's own way
+            return self.from_layout(base.weight.detach())
         _unpack(base)
         weight = base.weight
         matrix = dequantize_module_weight(base).detach()
@@ -52,9 +56,25 @@ class Kind:
         """A vector [out], such as a bias, in the shape that broadcasts with the layer's output."""
         return vector
 
-    def forward(self, base: nn.Module, x: Tensor, factors: Factors, dropout: float = 0.0) -> Tensor:
-        """base(x) plus the update of x, or of x after dropout."""
-        return base(x) + self.update(base, F.dropout(x, dropout) if dropout else x, factors)
+    def forward(
+        self,
+        base: nn.Module,
+        x: Tensor,
+        factors: Factors | None,
+        dropout: float = 0.0,
+        weight: Tensor | None = None,
+    ) -> Tensor:
+        """base(x) plus the update of x, or of x after dropout.
+
+        Args:
+            base: The layer.
+            x: Its input.
+            factors: The update; None adds none.
+            dropout: Of the update's input.
+            weight: In the layer's own layout, in the place of its own weight.
+        """
+        y = base(x) if weight is None else functional_call(base, {"weight": weight}, (x,))
+        return y if factors is None else y + self.update(base, F.dropout(x, dropout) if dropout else x, factors)
 
     def update(self, base: nn.Module, x: Tensor, factors: Factors) -> Tensor:
         """The update of x alone."""
@@ -66,14 +86,22 @@ class _Linear(Kind):
         self,
         base: nn.Module,
         x: Tensor,
-        factors: Factors,
+        factors: Factors | None,
         dropout: float = 0.0,
+        weight: Tensor | None = None,
         shared: SharedInput | None = None,
     ) -> Tensor:
         if is_plain(base):
             own = base._parameters
-            return factored_linear(x, own["weight"], own["bias"], factors, dropout, shared)
-        return super().forward(base, x, factors, dropout)
+            weight = own["weight"] if weight is None else weight
+            if factors is None:
+                return F.linear(x, weight, own["bias"])
+            return factored_linear(x, weight, own["bias"], factors, dropout, shared)
+        if weight is not None and is_quantised(base):
+            # its own forward multiplies with what it stores
+            y = F.linear(x, weight.to(x.dtype), None if base.bias is None else base.bias.to(x.dtype))
+            return y if factors is None else y + self.update(base, F.dropout(x, dropout) if dropout else x, factors)
+        return super().forward(base, x, factors, dropout, weight)
 
 
 def _unpack(base: nn.Module) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from folklora.adapters.base import AdapterConfig, Update, zeros
 from folklora.adapters.host.call import CallContext
+from folklora.adapters.host.dense import forward_with_dense
 from folklora.adapters.host.kinds import is_quantised_weight, kind_of
 from folklora.adapters.host.merge import merge, unmerge, with_added
 from folklora.adapters.host.siblings import Offer, offered, share
@@ -149,9 +150,14 @@ class FolkloraLayer(nn.Module, BaseTunerLayer):
             return self._forward_with_functions(x, functions, [name for name in names if name not in functions])
         return self._forward_factored(x, names)
 
-    def _forward_factored(self, x: Tensor, names: list[str]) -> Tensor:
+    def _forward_factored(self, x: Tensor, names: list[str], weight: Tensor | None = None) -> Tensor:
+        updates = self._updates
+        if any(updates[name].is_dense for name in names):
+            return forward_with_dense(self, x, names)
+        if not names:
+            return self.kind.forward(self.base_layer, x, None, weight=weight)
         if self.training and any(self.dropouts[name] > 0 for name in names):
-            return self._forward_with_dropout(x, names)
+            return self._forward_with_dropout(x, names, weight)
         found = offered(self, x)
         if found is None:
             factors = self._sum(names, x)
@@ -159,9 +165,9 @@ class FolkloraLayer(nn.Module, BaseTunerLayer):
         else:
             factors, shared = found
         if shared is None:
-            y = self.kind.forward(self.base_layer, x, factors)
+            y = self.kind.forward(self.base_layer, x, factors, weight=weight)
         else:
-            y = self.kind.forward(self.base_layer, x, factors, shared=shared)
+            y = self.kind.forward(self.base_layer, x, factors, weight=weight, shared=shared)
         return self._with_biases(y, x, names)
 
     def current_factors(self, x: Tensor) -> Factors | None:
@@ -177,7 +183,7 @@ class FolkloraLayer(nn.Module, BaseTunerLayer):
         if self.training and any(self.dropouts[name] > 0 for name in names):
             return None
         updates = [self._updates[name] for name in names]
-        if any(update.is_function or update.counts_passes for update in updates):
+        if any(update.is_function or update.is_dense or update.counts_passes for update in updates):
             return None
         return self._sum(names, x)
 
@@ -196,7 +202,7 @@ class FolkloraLayer(nn.Module, BaseTunerLayer):
                 y = y + (added if gate is None else gate.to(added.dtype) * added)
         return self._with_biases(y, x, functions)
 
-    def _forward_with_dropout(self, x: Tensor, names: list[str]) -> Tensor:
+    def _forward_with_dropout(self, x: Tensor, names: list[str], weight: Tensor | None) -> Tensor:
         whole: list[Factors] = []
         # one mask of x for all adapters of equal dropout
         by_dropout: dict[float, list[Factors]] = defaultdict(list)
@@ -213,10 +219,10 @@ class FolkloraLayer(nn.Module, BaseTunerLayer):
                 whole.append(fixed if gate is None else fixed.scale(gate))
         parts = [(p, concatenate(factors)) for p, factors in sorted(by_dropout.items())]
         if whole or not parts:
-            y = self.kind.forward(self.base_layer, x, concatenate(whole))
+            y = self.kind.forward(self.base_layer, x, concatenate(whole), weight=weight)
         else:
             (p, factors), parts = parts[0], parts[1:]
-            y = self.kind.forward(self.base_layer, x, factors, p)
+            y = self.kind.forward(self.base_layer, x, factors, p, weight)
         for p, factors in parts:
             y = y + self.kind.update(self.base_layer, F.dropout(x, p), factors)
         return self._with_biases(y, x, names)
@@ -292,8 +298,9 @@ class FolkloraLayer(nn.Module, BaseTunerLayer):
     def merged_weights(self, names: list[str]) -> dict[str, Tensor]:
         """The base's own parameters with these adapters' updates added, by name."""
         made = self._corrections_made(names)
-        total = concatenate([_factors_of(self.folklora_updates[name], name not in made) for name in names])
-        return with_added(self, names, total)
+        factored = [name for name in names if not self.folklora_updates[name].is_dense]
+        parts = [_factors_of(self.folklora_updates[name], name not in made) for name in factored]
+        return with_added(self, names, concatenate(parts) if parts else None)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove one adapter's update from this layer."""
@@ -305,8 +312,9 @@ class FolkloraLayer(nn.Module, BaseTunerLayer):
             del self.context.shared[adapter_name]
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Whether the update is a fixed matrix of finite rank."""
-        return adapter_name not in self.folklora_updates or not self.folklora_updates[adapter_name].gated
+        """Whether the update is a fixed matrix of low rank."""
+        update = self._updates.get(adapter_name)
+        return update is None or not (update.gated or update.is_dense)
 
     @property
     def needs_full_sequence(self) -> bool:
@@ -381,20 +389,3 @@ def updates_of(model: nn.Module, adapter_name: str) -> Iterator[tuple[FolkloraLa
         for layer in layers_of(model)
         if adapter_name in layer.folklora_updates
     )
-
-
-Past = tuple[Update, tuple[Tensor, ...], int]
-
-
-def saved_past(model: nn.Module, rows: int) -> list[Past]:
-    """What the updates remember of the last pass, of `rows` rows, for one that continues from its cache."""
-    updates = (update for layer in layers_of(model) for update in layer.folklora_updates.values())
-    # an update that took no part in that pass may remember another
-    kept = (update for update in updates if update.past is not None and len(update.past[0]) == rows)
-    return [(update, update.past, update.past_length) for update in kept]
-
-
-def restore_past(saved: list[Past], rows: Tensor) -> None:
-    """Put it back, taking the given rows of the batch, as the cache's rows were taken."""
-    for update, past, length in saved:
-        update.past, update.past_length = tuple(part[rows.to(part.device)] for part in past), length

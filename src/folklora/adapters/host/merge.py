@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from folklora.adapters.host.dense import with_dense
 from folklora.adapters.host.kinds import is_quantised_weight, put_weight, weight_at
 from folklora.factored import Factors
 
@@ -51,16 +52,17 @@ def unmerge(layer: FolkloraLayer) -> None:
 
 
 @torch.no_grad()
-def with_added(layer: FolkloraLayer, names: list[str], total: Factors) -> dict[str, Tensor]:
-    """The weight of a layer that has one with `total` added, and its bias with the adapters' changes, by name."""
+def with_added(layer: FolkloraLayer, names: list[str], total: Factors | None) -> dict[str, Tensor]:
+    """A layer's weight with `total` and what dense adapters add, and its bias with the adapters' changes, by name."""
     base = layer.get_base_layer()
     present = base.weight
     base.weight = layer.unmerged.get("weight", present)
     try:
         matrix = layer.kind.matrix(base)
-        precise = torch.promote_types(matrix.dtype, torch.float32)
-        dense = total.dense().to(precise)
-        merged = {"weight": layer.kind.layout(base, (matrix.to(precise) + dense).to(matrix.dtype))}
+        changed = with_dense(layer, [name for name in names if layer.folklora_updates[name].is_dense], matrix)
+        if total is not None:
+            changed = changed + total.dense().to(changed.dtype)
+        merged = {"weight": layer.kind.layout(base, changed.to(matrix.dtype))}
     finally:
         base.weight = present
     changes = [layer.folklora_updates[name].bias_change for name in names]

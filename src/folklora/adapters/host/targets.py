@@ -89,6 +89,10 @@ def _unstackable(config: AdapterConfig, update: Update, what: str) -> list[str]:
     """Why the updates of several matrices cannot be one; nothing if empty."""
     if update.gated or update.is_function:
         return [f"{config.method} reads each layer's input, which is hidden inside {what}: leave that out"]
+    if update.is_dense:
+        return [
+            f"{config.method} changes single entries of weights, for which there is no room in {what}: leave that out"
+        ]
     if type(config).shared is not AdapterConfig.shared or next(update.buffers(), None) is not None:
         return [
             f"{config.method} keeps more than each weight's own parameters, for which there is no room in {what}: "
