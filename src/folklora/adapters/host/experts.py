@@ -178,9 +178,10 @@ class ExpertsLayer(FolkloraLayer):
         names = self._names_to_apply()
         if not names:
             return self.base_layer(x, *args, **kwargs)
-        if self.context.rows is not None:
+        if self.context.by_rows:
+            what = "a mixture by row" if self.context.rows is None else "adapter_names"
             raise ValueError(
-                f"adapter_names cannot choose adapters of the experts '{self.name}': their tokens are mixed across "
+                f"{what} cannot choose adapters of the experts '{self.name}': their tokens are mixed across "
                 "rows; run one adapter at a time, or adapt the attention layers only"
             )
         self._check_in_place(x)

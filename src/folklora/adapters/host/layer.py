@@ -248,8 +248,13 @@ class FolkloraLayer(nn.Module, BaseTunerLayer):
         return self._modules["folklora_updates"]._modules
 
     def _names_in_use(self) -> list[str]:
-        names = self.active_adapters if self.context.rows is None else sorted(set(self.context.rows))
-        updates = self._updates
+        context, updates = self.context, self._updates
+        if context.base_alone:
+            return []
+        if context.rows is not None:
+            names = sorted(set(context.rows))
+        else:
+            names = self.active_adapters if context.mixture is None else list(context.mixture)
         return [name for name in names if name in updates]
 
     def _inputs(self, name: str, x: Tensor) -> tuple[Tensor | None, ...]:
@@ -265,8 +270,8 @@ class FolkloraLayer(nn.Module, BaseTunerLayer):
         if len(names) < 2:
             return set()
         correcting = [name for name in names if self.folklora_updates[name].corrects_base]
-        # rows that have their own adapters have one each
-        if len(correcting) < 2 or self.context.rows is not None:
+        # rows that have their own adapters have one each, or parts that make one together
+        if len(correcting) < 2 or self.context.by_rows:
             return set()
         fixed = {name: self.folklora_updates[name].split()[1] for name in correcting}
         largest = max(correcting, key=lambda name: 0 if fixed[name] is None else fixed[name].rank)
@@ -381,20 +386,3 @@ def updates_of(model: nn.Module, adapter_name: str) -> Iterator[tuple[FolkloraLa
         for layer in layers_of(model)
         if adapter_name in layer.folklora_updates
     )
-
-
-Past = tuple[Update, tuple[Tensor, ...], int]
-
-
-def saved_past(model: nn.Module, rows: int) -> list[Past]:
-    """What the updates remember of the last pass, of `rows` rows, for one that continues from its cache."""
-    updates = (update for layer in layers_of(model) for update in layer.folklora_updates.values())
-    # an update that took no part in that pass may remember another
-    kept = (update for update in updates if update.past is not None and len(update.past[0]) == rows)
-    return [(update, update.past, update.past_length) for update in kept]
-
-
-def restore_past(saved: list[Past], rows: Tensor) -> None:
-    """Put it back, taking the given rows of the batch, as the cache's rows were taken."""
-    for update, past, length in saved:
-        update.past, update.past_length = tuple(part[rows.to(part.device)] for part in past), length
