@@ -14,7 +14,7 @@ from transformers import BertConfig, BertModel
 from folklora import LoRA
 from folklora.adapters.host.layer import layers_of, updates_of
 from folklora.continual import SLM
-from folklora.continual.encoders import BaseEncoder, prompt_mask
+from folklora.continual.encoders import BaseEncoder, SentenceEncoder, prompt_mask
 from folklora.stream.evaluate import rank_labels
 from folklora.stream.tokens import encode
 from folklora.stream.train import TrainSettings, train_task
@@ -244,12 +244,20 @@ def test_a_stopped_run_goes_on_to_the_same_results(teach) -> None:
     assert teach(method, "stopped", stop_in=1, epochs=1) == teach(method, "whole", epochs=1)
 
 
-def test_a_named_sentence_encoder_reads_the_prompts_text(teach, sentence_encoder) -> None:
+def test_a_named_sentence_encoder_reads_the_prompts_text(teach, sentence_encoder, tiny_tokenizer, stream) -> None:
     options = {"encoder": sentence_encoder, "training_pool": "all", "per_sample": False}
     method = SLM(adapter=LoRA(r=2), **SMALL, **options)
-    entry = teach(method, "stopped", stop_in=1, epochs=1)
-    assert entry == teach(method, "whole", epochs=1)
+    entry = teach(method, "run", stop_in=1, epochs=1)
     assert entry["stored_parameters"] == 2 * entry["trainable_parameters"] + 4 * 36 + 4
+    # the texts, and not the model's tokens or its padding
+    encoder = SentenceEncoder(sentence_encoder, torch.device("cpu"))
+    prompts = [example.prompt for example in stream[0].train[:3]]
+    found = encoder(batch(tiny_tokenizer, prompts), tiny_tokenizer)
+    for row, prompt in zip(found, prompts, strict=True):
+        read = encoder.tokenizer(prompt, return_tensors="pt")
+        torch.testing.assert_close(row, encoder.model(**read)[0][0].mean(0), rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="reads text: call the model with input_ids"):
+        encoder({"inputs_embeds": torch.zeros(1, 2, 3)})
 
 
 def test_an_encoder_decoder_retrieves_by_what_its_encoder_reads(teach, tiny_t5) -> None:
@@ -283,6 +291,8 @@ def test_what_cannot_be_is_refused_before_training(teach, tiny_llama, tmp_path) 
         ValueError, match="groups of 2, too narrow for keys_per_task=4 orthogonal keys; choose groups=8 or fewer"
     ):
         teach(SLM(adapter=LoRA(r=2), groups=16), "run")
+    with pytest.raises(OSError, match="nowhere"):
+        teach(SLM(adapter=LoRA(r=2), encoder=str(tmp_path / "nowhere")), "run")
     with pytest.raises(ValueError, match="mixes adapters row by row, which LoraConfig cannot"):
         SLM(adapter=LoraConfig(r=2)).start(tiny_llama())
     assert not (tmp_path / "run").exists()

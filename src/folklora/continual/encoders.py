@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from folklora.adapters.host.mixture import base_alone
 from folklora.stream.tokens import IGNORED, prompt_tokens
@@ -65,6 +65,11 @@ class SentenceEncoder:
         self.model = model.eval().requires_grad_(False).to(device)
         self.width = int(model.config.hidden_size)
 
+    @staticmethod
+    def width_at(place: str | Path) -> int:
+        """The width of an encoder that is not loaded yet."""
+        return int(AutoConfig.from_pretrained(place, trust_remote_code=False).hidden_size)
+
     @torch.no_grad()
     def __call__(self, inputs: dict[str, Any], tokenizer: PreTrainedTokenizerBase | None = None) -> Tensor:
         """[rows, width] of the prompts that the model is called with; `tokenizer` is the model's."""
@@ -103,11 +108,16 @@ def encode_prompts(
 ) -> Tensor:
     """The vectors of prompts, [prompts, width], on the CPU; they are cut as they are for training and scoring."""
     rows = prompt_tokens(tokenizer, prompts, max_length, encoder_decoder=bool(model.config.is_encoder_decoder))
-    parts = [
-        encoder({"input_ids": ids, "attention_mask": mask}, tokenizer).cpu()
-        for ids, mask in padded(tokenizer, rows, model.device)
-    ]
-    return torch.cat(parts)
+    # those of like length together: little padding
+    order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
+    found = torch.empty(len(rows), encoder.width)
+    found[order] = torch.cat(
+        [
+            encoder({"input_ids": ids, "attention_mask": mask}, tokenizer).cpu()
+            for ids, mask in padded(tokenizer, [rows[index] for index in order], model.device)
+        ]
+    )
+    return found
 
 
 def padded(

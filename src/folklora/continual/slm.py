@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -51,6 +52,7 @@ class SLM(AdapterPerTask):
     unscaled; here the adapter says which and how. Groups need not divide d: their widths differ by one at most. K is 4
     in its code for BERT and 2 in that for LLaMA; with K = n all prompts of a task train all of its values, which few
     examples need. Generation without a cache retrieves anew at every token, for the prompt and the answer so far.
+    `folklora explain` shows what a prompt retrieves.
 
     Source: Peng, Tian, Liu, Yang, Jia, "Scalable Language Model with Generalized Continual Learning", ICLR 2024,
     arXiv 2404.07470.
@@ -141,7 +143,7 @@ class SLM(AdapterPerTask):
         if next(layers_of(adapted), None) is None:
             kind = type(self.adapter).__name__
             raise ValueError(f"slm mixes adapters row by row, which {kind} cannot; choose one of `folklora methods`")
-        self._keys, self._ranges = torch.empty(0, 0), []
+        self._keys, self._ranges, self._encoder = torch.empty(0, 0), [], None
         self.route(adapted, 0, 0)
         self._listen(adapted)
         return adapted
@@ -154,7 +156,10 @@ class SLM(AdapterPerTask):
         """Phase 1: learn the task's keys. Then add its adapters, which are trained."""
         super().prepare(model, tokenizer, tasks, index)
         self._tokenizer, begin = tokenizer, len(self._keys)
-        prompts = [example.prompt for example in tasks[index].train]
+        task = tasks[index]
+        # no more than are looked at
+        count = min(len(task.train), max(1, self.key_steps * self.key_batch_size))
+        prompts = [example.prompt for example in random.Random(f"keys:{task.name}").sample(task.train, count)]
         queries = encode_prompts(model, tokenizer, self._encoder, prompts, self.max_length)
         keys = self.new_keys(queries.shape[1])
         self.learn_keys(keys, queries)
@@ -238,16 +243,18 @@ class SLM(AdapterPerTask):
             [rows, P], or [1, P] where the batch retrieves as one.
         """
         keys = self._keys.to(queries.device)
-        allowed = torch.zeros(len(keys), dtype=torch.bool, device=keys.device)
+        allowed = torch.zeros(len(keys), dtype=torch.bool)
         for task in self._open:
             allowed[slice(*self._ranges[task])] = True
+        count = min(self.top_k, int(allowed.sum()))
+        allowed = allowed.to(keys.device)
         cosines = self.cosines(self.grouped(queries), keys).masked_fill(~allowed, -torch.inf)
         if self.temperature is not None:
             cosines = (cosines / self.temperature).softmax(-1).masked_fill(~allowed, -torch.inf)
         similarity = cosines.mean(1)
         if not self.per_sample:
             similarity = similarity.mean(0, keepdim=True)
-        best, chosen = similarity.topk(min(self.top_k, int(allowed.sum())), dim=-1)
+        best, chosen = similarity.topk(count, dim=-1)
         best = best.clamp_min(0)
         shares = best / (best.sum(-1, keepdim=True) + _EPSILON)
         return torch.zeros_like(similarity).scatter(-1, chosen, shares)
@@ -289,8 +296,8 @@ class SLM(AdapterPerTask):
             self._encoder = BaseEncoder(base)
         elif base.device.type != "meta":
             self._encoder = SentenceEncoder(self.encoder, base.device)
-        if self._encoder is not None:
-            self._check_width(self._encoder.width)
+        # before a run is begun, its methods are tried on a model without values
+        self._check_width(SentenceEncoder.width_at(self.encoder) if self._encoder is None else self._encoder.width)
         mix_by_row(base, self._retrieve)
 
     def _check_width(self, width: int) -> None:
