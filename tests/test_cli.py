@@ -313,6 +313,41 @@ def test_compare_makes_one_table_of_two_seeds(folklora, runs, tmp_path):
     json.loads((tmp_path / "both" / "compare.json").read_text())
 
 
+def test_explain_shows_which_task_answers_a_text(folklora, runs):
+    prompt = "xx: c\nAnswer:"
+    ended = folklora("explain", runs[0], "c", "--prompt", "xx: {text}\nAnswer:", "--json")
+    assert ended.code == 0, ended.err
+    found = json.loads(ended.out)
+    assert found["prompt"] == prompt
+    assert list(found["methods"]) == ["am-lora"], "seq-lora answers every prompt in the same way"
+    (weights,) = found["methods"]["am-lora"]["weights"]
+    seen = Run.load(runs[0]).results["methods"]["am-lora"]["attention"]
+    assert found["methods"]["am-lora"]["layers"] == seen["layers"]
+    assert [sum(row) for row in weights] == pytest.approx([1.0] * 4, abs=3e-6)
+    ended = folklora("explain", runs[0], prompt)
+    mean = [100 * sum(column) / 4 for column in zip(*weights, strict=True)]
+    assert "none xx yy mean over the layers " + " ".join(f"{value:.1f}" for value in mean) in ended.out
+    ended = folklora("explain", runs[0], prompt, "--layers")
+    for layer, row in zip(seen["layers"], weights, strict=True):
+        assert f"{layer} " + " ".join(f"{100 * value:.1f}" for value in row) in ended.out
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--method", "seq-lora"], "seq-lora: answers every prompt in the same way"),
+        (["--method", "slm"], "has no method slm; it has seq-lora, am-lora"),
+        (["--prompt", "no place"], "it must hold {text}"),
+        (["--model", "/nowhere/model"], "there is no model in /nowhere/model"),
+    ],
+)
+def test_what_cannot_be_explained_says_why(folklora, runs, tmp_path, words, expected):
+    ended = folklora("explain", runs[0], "xx: c", *words)
+    assert ended.code == 1
+    assert expected in ended.err
+    assert "holds no run" in folklora("explain", tmp_path, "xx: c").err
+
+
 def test_an_exported_adapter_gives_stock_peft_the_same_logits(folklora, runs, model_folder, tmp_path):
     saved = Run.load(runs[0]).adapters("seq-lora")
     ended = folklora("export", saved, "--model", model_folder, "--out", tmp_path / "lora")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import warnings
@@ -116,6 +117,42 @@ def report(run_directory: Annotated[Path, typer.Argument(metavar="RUN", help="A 
     from folklora.stream.report import write_report
 
     console.print(f"written: {write_report(run_directory)}", soft_wrap=True)
+
+
+@app.command()
+def explain(
+    run_directory: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")],
+    text: Annotated[str, typer.Argument(help="What is asked.")],
+    method: Annotated[list[str] | None, typer.Option(help="Only this method of the run.")] = None,
+    model: Annotated[str | None, typer.Option(help="The base model, where it is not the run's any more.")] = None,
+    prompt: Annotated[str, typer.Option(help="Template of the tasks' prompts; holds {text}.")] = "{text}",
+    layers: Annotated[bool, typer.Option("--layers", help="Layer by layer, in place of their mean.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="All numbers as JSON.")] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Let the model's own code run on this machine.")
+    ] = False,
+) -> None:
+    """Show which task's knowledge answers a text, in percent, for the methods that choose by the prompt."""
+    from folklora.stream.explain import explain as ask
+
+    _hush()
+    if "{text}" not in prompt:
+        raise ValueError(f"the prompt {prompt!r} has no place for the text: it must hold {{text}}")
+    asked = prompt.replace("{text}", text)
+    found = ask(run_directory, [asked], method or (), model=model, trust_remote_code=trust_remote_code)
+    if as_json:
+        typer.echo(json.dumps({"prompt": asked, "methods": found}, indent=2))
+        return
+    for name, shares in found.items():
+        (weights,) = shares["weights"]
+        mean = [sum(column) / len(column) for column in zip(*weights, strict=True)]
+        rows = dict(zip(shares["layers"], weights, strict=True)) if layers else {"mean over the layers": mean}
+        table = Table(title=name, box=None, header_style="bold")
+        for heading in ("", *shares["slots"]):
+            table.add_column(heading, justify="right" if heading else "left")
+        for where, row in rows.items():
+            table.add_row(where, *(f"{100 * value:.1f}" for value in row))
+        console.print(table)
 
 
 @app.command()

@@ -13,9 +13,11 @@ from folklora.continual.osft import OSFTStream
 from folklora.continual.per_task import PerTask
 from folklora.continual.replay import Replay
 from folklora.continual.seq_lora import SeqLoRA
+from folklora.continual.slm import SLM
 
 __all__ = [
     "EWC",
+    "SLM",
     "AMLoRAStream",
     "AdapterPerTask",
     "ContinualMethod",

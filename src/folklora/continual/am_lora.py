@@ -9,16 +9,15 @@ from typing import Any, ClassVar
 import torch
 from peft import PeftModel
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from folklora.adapters.am_lora import AMLoRA, AMLoRAUpdate, add_task
 from folklora.adapters.host.layer import layers_of
 from folklora.continual.base import ContinualMethod
+from folklora.continual.encoders import padded
 from folklora.stream.tasks import Task
 
 _OBSERVED = 48
-_TOGETHER = 16
 
 
 @dataclass
@@ -84,14 +83,29 @@ class AMLoRAStream(ContinualMethod):
         self, model: PeftModel, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[Task]
     ) -> dict[str, Any] | None:
         """The mean attention to each slot, by task and layer, over the tokens of up to 48 test prompts."""
-        updates, mean = _updates(model), []
-        for task in tasks:
-            prompts = [example.prompt for example in task.test[:_OBSERVED]]
-            seen = _watch(model, tokenizer, prompts, updates, lambda update, mask: _mean(update.attention, mask))
-            mean.append([[round(value, 6) for value in row.tolist()] for row in seen])
-        slots = [*(["none"] if self.adapter.zero_slot else []), *(task.name for task in tasks)]
-        names = [layer.name for layer in layers_of(model)]
-        return {"layers": names, "slots": slots, "tasks": [task.name for task in tasks], "mean": mean}
+        prompts = [[example.prompt for example in task.test[:_OBSERVED]] for task in tasks]
+        names = [task.name for task in tasks]
+        mean = [_attention(model, tokenizer, some) for some in prompts]
+        return {**self._names(model, names), "tasks": names, "mean": mean}
+
+    def explain(
+        self, model: PeftModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], tasks: Sequence[str]
+    ) -> dict[str, Any] | None:
+        """The mean attention to each slot over the tokens of each prompt, by layer."""
+        return {
+            **self._names(model, tasks),
+            "weights": [_attention(model, tokenizer, [prompt]) for prompt in prompts],
+        }
+
+    def _names(self, model: PeftModel, tasks: Sequence[str]) -> dict[str, list[str]]:
+        slots = [*(["none"] if self.adapter.zero_slot else []), *tasks]
+        return {"layers": [layer.name for layer in layers_of(model)], "slots": slots}
+
+
+def _attention(model: PeftModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[list[float]]:
+    """The mean attention to each slot over the prompts' tokens, [layers][slots]."""
+    seen = _watch(model, tokenizer, prompts, _updates(model), lambda update, mask: _mean(update.attention, mask))
+    return [[round(value, 6) for value in row.tolist()] for row in seen]
 
 
 def _updates(model: PeftModel) -> list[AMLoRAUpdate]:
@@ -121,8 +135,8 @@ def _watch(
     for update in updates:
         update.record = True
     try:
-        for start in range(0, len(prompts), _TOGETHER):
-            ids, mask = _padded(tokenizer, prompts[start : start + _TOGETHER], model.device)
+        rows = [tokenizer(prompt, truncation=True)["input_ids"] for prompt in prompts]
+        for ids, mask in padded(tokenizer, rows, model.device):
             inputs = {"input_ids": ids, "attention_mask": mask}
             if model.config.is_encoder_decoder:
                 inputs["decoder_input_ids"] = ids[:, :1]
@@ -134,14 +148,6 @@ def _watch(
         for update in updates:
             update.record, update.attention, update.read = False, None, None
     return [total / len(prompts) for total in totals]
-
-
-def _padded(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Token ids and mask, [prompts, positions], padded on the right."""
-    rows = [torch.tensor(tokenizer(prompt, truncation=True)["input_ids"], device=device) for prompt in prompts]
-    blank = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    ids = pad_sequence(rows, batch_first=True, padding_value=blank or 0)
-    return ids, pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
 
 
 def _last(values: Tensor, mask: Tensor) -> Tensor:

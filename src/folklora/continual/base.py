@@ -126,26 +126,48 @@ class ContinualMethod:
         """What the report shows of the method's inner choices; None where there are none."""
         return None
 
+    def explain(
+        self, model: PeftModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], tasks: Sequence[str]
+    ) -> dict[str, Any] | None:
+        """How much what was learnt in each task takes part in the answer to each prompt.
+
+        Args:
+            model: With the adapters that were learnt.
+            tokenizer: Its tokenizer.
+            prompts: What is asked.
+            tasks: Names of the tasks that were learnt.
+
+        Returns:
+            "layers" and "slots" are names, "weights" [prompts][layers][slots] numbers from 0 to 1; None where the
+            method does not choose by the prompt.
+        """
+        return None
+
 
 @dataclass
 class AdapterPerTask(ContinualMethod):
-    """Shared by the methods that add an adapter for each task; adapters are named task_0, task_1, ..."""
+    """Shared by the methods that add an adapter for each task, or several; they are named task_0, task_1, ..."""
 
-    def start(self, model: PreTrainedModel, adapter_name: str = "task_0") -> PeftModel:
-        """Put the first task's adapter on the base model."""
-        return super().start(model, adapter_name)
+    def names(self, index: int) -> list[str]:
+        """The adapters of task number `index`."""
+        return [f"task_{index}"]
+
+    def start(self, model: PreTrainedModel, adapter_name: str | None = None) -> PeftModel:
+        """Put the first task's (first) adapter on the base model."""
+        return super().start(model, adapter_name or self.names(0)[0])
 
     def prepare(self, model: PeftModel, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[Task], index: int) -> None:
-        """Add the task's adapter; only it is trained."""
-        name = f"task_{index}"
-        if name not in model.peft_config:
-            config = copy.deepcopy(self.adapter)
-            config.task_type = next(iter(model.peft_config.values())).task_type
-            model.add_adapter(name, config)
+        """Add the task's adapters; only they are trained."""
+        own = self.names(index)
+        for name in own:
+            if name not in model.peft_config:
+                config = copy.deepcopy(self.adapter)
+                config.task_type = next(iter(model.peft_config.values())).task_type
+                model.add_adapter(name, config)
         self.activate(model, index)
-        others = [other for other in model.peft_config if other != name]
+        others = [other for other in model.peft_config if other not in own]
         model.set_requires_grad(others, requires_grad=False)
-        model.set_requires_grad(name, requires_grad=True)
+        model.set_requires_grad(own, requires_grad=True)
 
     def resume(self, model: PeftModel, index: int, carried: dict[str, Tensor]) -> None:
         """Nothing of the past is trained again."""

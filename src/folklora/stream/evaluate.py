@@ -310,6 +310,7 @@ def _score_decoder(reader: _Reader, prompts: list[list[int]], labels: list[list[
         raise ValueError("the model's config has no decoder_start_token_id, with which its answers begin")
     ids, mask = reader.pad(prompts, left=False)
     encoded = reader.base.get_encoder()(input_ids=ids, attention_mask=mask)[0] if reader.continues else None
+    remembered = saved_past(reader.model, len(ids))
     scores = torch.empty(len(prompts), len(labels), device=reader.device)
     for rows, columns in _pairs(len(prompts), labels, _LABELS_A_PROMPT * batch_size):
         targets, kept = reader.pad([labels[column] for column in columns], left=False)
@@ -317,6 +318,7 @@ def _score_decoder(reader: _Reader, prompts: list[list[int]], labels: list[list[
         given = {"input_ids": ids[rows]}
         if encoded is not None:
             given = {"encoder_outputs": BaseModelOutput(last_hidden_state=encoded[rows])}
+            restore_past(remembered, torch.tensor(rows, device=reader.device))
         output = reader.model(
             attention_mask=mask[rows], decoder_input_ids=read, decoder_attention_mask=kept, use_cache=False, **given
         )

@@ -99,8 +99,8 @@ def learn(
         raise ValueError(f"{', '.join(repeated)} is given twice; forms of one method need a run each")
     stream = _load_stream(tasks, prompt, validation, seed)
     settings.micro_batch(PartialState().num_processes)
-    base = _load_model(model, settings, trust_remote_code)
-    reader = tokenizer or _load_tokenizer(model, base, trust_remote_code)
+    base = load_model(model, settings, trust_remote_code)
+    reader = tokenizer or load_tokenizer(model, base, trust_remote_code)
     check_fit(methods, base)
     _check_texts(stream, reader, settings, metric, bool(base.config.is_encoder_decoder))
     request = _request(model, stream, methods, settings, metric, validation, seed)
@@ -293,9 +293,10 @@ def _load_stream(tasks: Sequence[str | Path | Task], prompt: str, validation: fl
     return [hold_out(task, validation, seed) for task in stream] if validation else stream
 
 
-def _load_model(
+def load_model(
     model: str | Path | PreTrainedModel, settings: TrainSettings, trust_remote_code: bool
 ) -> PreTrainedModel:
+    """A base model as its settings want it; one that is loaded already as it is."""
     if isinstance(model, PreTrainedModel):
         return model
     place = str(model)
@@ -312,9 +313,10 @@ def _load_model(
     )
 
 
-def _load_tokenizer(
+def load_tokenizer(
     model: str | Path | PreTrainedModel, base: PreTrainedModel, trust_remote_code: bool
 ) -> PreTrainedTokenizerBase:
+    """A base model's tokenizer, from where the model is."""
     place = base.name_or_path if isinstance(model, PreTrainedModel) else str(model)
     if not place:
         raise ValueError("a model that was not loaded from a folder needs its tokenizer: learn(..., tokenizer=...)")

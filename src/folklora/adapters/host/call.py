@@ -25,6 +25,9 @@ class CallContext:
 
     Args:
         rows: The adapter of each row of the batch ("__base__" for none), or None where all rows share the active ones.
+        mixture: How much each adapter counts in each row, [rows], or [1] for all rows alike; None where the active ones
+            count whole. It holds until the next text.
+        base_alone: Whether the base model is being read without any adapter.
         masks: Attention masks [batch, positions] of this call, a decoder's own before its encoder's.
         before: How many positions a cache holds that come before this call's.
         classes: For each adapter that reads classes, its gate [rows, classes], or why it cannot read those given.
@@ -36,6 +39,8 @@ class CallContext:
     """
 
     rows: list[str] | None = None
+    mixture: dict[str, Tensor] | None = None
+    base_alone: bool = False
     masks: tuple[Tensor, ...] = ()
     before: int = 0
     classes: dict[str, Tensor | ValueError] | None = None
@@ -53,19 +58,26 @@ class CallContext:
         """The mask of the very positions of an input [batch, positions, width], if it is known."""
         return next((mask for mask in self.masks if mask.shape == x.shape[:-1]), None)
 
+    @property
+    def by_rows(self) -> bool:
+        """Whether rows have adapters of their own, or parts of several."""
+        return self.rows is not None or self.mixture is not None
+
     def own_rows(self, adapter: str, x: Tensor, layer: str) -> Tensor | None:
-        """1 for the rows of an input x of a layer that are the adapter's, [batch, 1, ..., 1]; None where all are."""
-        if self.rows is None:
+        """How much the adapter counts in each row of an input x of a layer, [batch, 1, ..., 1]; None: whole in all."""
+        if not self.by_rows:
             return None
         dtype = x.dtype if x.is_floating_point() else torch.float32
-        return by_row("adapter_names", _own(tuple(self.rows), adapter, x.device, dtype), x, layer)
+        if self.rows is not None:
+            return by_row("adapter_names", _own(tuple(self.rows), adapter, x.device, dtype), x, layer)
+        return by_row("the mixture of adapters", self.mixture[adapter].to(x.device, dtype)[:, None], x, layer)
 
     def own_mask(self, adapter: str, x: Tensor, layer: str) -> Tensor | None:
-        """1 for the real tokens of the adapter's own rows."""
+        """1 for the real tokens of the rows in which the adapter takes part."""
         mask, own = self.mask_for(x), self.own_rows(adapter, x, layer)
         if own is None or x.dim() < 2 or not x.is_floating_point():
             return mask
-        own = own.squeeze(-1).expand(x.shape[:-1])
+        own = (own != 0).to(x.dtype).squeeze(-1).expand(x.shape[:-1])
         return own if mask is None else own * mask
 
     def class_gate(self, adapter: str, x: Tensor, layer: str) -> Tensor:

@@ -19,6 +19,11 @@ def forward_with_dense(layer: FolkloraLayer, x: Tensor, names: list[str]) -> Ten
     """
     dense = [name for name in names if layer.folklora_updates[name].is_dense]
     others = [name for name in names if name not in dense]
+    if layer.context.mixture is not None:
+        raise ValueError(
+            f"a mixture by row cannot weigh adapters that change the entries of layer '{layer.name}' one by one: mix "
+            "adapters in factors"
+        )
     if layer.context.rows is None:
         y = layer._forward_factored(x, others, changed_weight(layer, dense))
     else:

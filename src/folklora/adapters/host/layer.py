@@ -254,8 +254,13 @@ class FolkloraLayer(nn.Module, BaseTunerLayer):
         return self._modules["folklora_updates"]._modules
 
     def _names_in_use(self) -> list[str]:
-        names = self.active_adapters if self.context.rows is None else sorted(set(self.context.rows))
-        updates = self._updates
+        context, updates = self.context, self._updates
+        if context.base_alone:
+            return []
+        if context.rows is not None:
+            names = sorted(set(context.rows))
+        else:
+            names = self.active_adapters if context.mixture is None else list(context.mixture)
         return [name for name in names if name in updates]
 
     def _inputs(self, name: str, x: Tensor) -> tuple[Tensor | None, ...]:
@@ -271,8 +276,8 @@ class FolkloraLayer(nn.Module, BaseTunerLayer):
         if len(names) < 2:
             return set()
         correcting = [name for name in names if self.folklora_updates[name].corrects_base]
-        # rows that have their own adapters have one each
-        if len(correcting) < 2 or self.context.rows is not None:
+        # rows that have their own adapters have one each, or parts that make one together
+        if len(correcting) < 2 or self.context.by_rows:
             return set()
         fixed = {name: self.folklora_updates[name].split()[1] for name in correcting}
         largest = max(correcting, key=lambda name: 0 if fixed[name] is None else fixed[name].rank)

@@ -26,6 +26,7 @@ from folklora.adapters.host.call import CallContext, listen, stop_listening
 from folklora.adapters.host.combine import check_combination, config_of, fill, weighted_sum
 from folklora.adapters.host.kinds import is_quantised_weight, kind_of
 from folklora.adapters.host.layer import FolkloraLayer, layers_of, updates_of
+from folklora.adapters.host.mixture import stop_mixing
 from folklora.adapters.host.saved import check_saved_values
 from folklora.adapters.host.shared import (
     SHARED,
@@ -183,6 +184,7 @@ class FolkloraModel(BaseTuner):
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
         model = super()._unload_and_optionally_merge(*args, **kwargs)
+        stop_mixing(model)
         stop_listening(model)
         stop_reading(model)
         remove_shared(model)
@@ -221,6 +223,10 @@ class FolkloraModel(BaseTuner):
         fill(self.model, adapter_name, sums)
 
     def _check_merge_allowed(self) -> None:
+        if self._context().mixture is not None:
+            raise ValueError(
+                "each text has its own mixture of these adapters, and no single weight stands for them all"
+            )
         embedding, head = _tied_pair(self.model)
         if embedding is not None and any(isinstance(part, FolkloraLayer) for part in (embedding, head)):
             raise ValueError(

@@ -56,9 +56,10 @@ class WeightsLayer(FolkloraLayer):
         names = self._names_to_apply()
         if not names:
             return self.base_layer(x, *args, **kwargs)
-        if self.context.rows is not None:
+        if self.context.by_rows:
+            what = "a mixture by row" if self.context.rows is None else "adapter_names"
             raise ValueError(
-                f"adapter_names cannot choose adapters of the {self.kind.name} '{self.name}': every row meets the same "
+                f"{what} cannot choose adapters of the {self.kind.name} '{self.name}': every row meets the same "
                 "weights there; run one adapter at a time, or adapt other layers only"
             )
         self._check_in_place(x)
