@@ -1,5 +1,6 @@
 """What keeps the old tasks alive while a stream of tasks goes by; one file a method."""
 
+from folklora.continual.adapt_infty import AdaptInfty
 from folklora.continual.am_lora import AMLoRAStream
 from folklora.continual.base import AdapterPerTask, ContinualMethod
 from folklora.continual.ewc import EWC
@@ -15,6 +16,7 @@ from folklora.continual.seq_lora import SeqLoRA
 __all__ = [
     "EWC",
     "AMLoRAStream",
+    "AdaptInfty",
     "AdapterPerTask",
     "ContinualMethod",
     "IncLoRA",

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import torch
+from peft import PeftModel
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
-from folklora.stream.tokens import IGNORED
+from folklora.stream.tasks import Example
+from folklora.stream.tokens import IGNORED, encode
 
 
 def at_answers(logits: Tensor, labels: Tensor, *, encoder_decoder: bool) -> tuple[Tensor, Tensor]:
@@ -21,3 +25,20 @@ def at_answers(logits: Tensor, labels: Tensor, *, encoder_decoder: bool) -> tupl
         logits, labels = logits[:, :-1], labels[:, 1:]
     learnt = labels != IGNORED
     return logits[learnt].float(), labels[learnt]
+
+
+def answer_of(
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase, example: Example, max_length: int
+) -> tuple[Tensor, Tensor]:
+    """The logits [n, vocabulary] from which one example's answer is read, given its prompt, and the answer's tokens.
+
+    Args:
+        model: It is run once, in the mode that it is in.
+        tokenizer: Its tokenizer.
+        example: Encoded as in training.
+        max_length: As in training.
+    """
+    two_sided = bool(model.config.is_encoder_decoder)
+    row = encode(tokenizer, example, max_length, two_sided)
+    batch = {key: torch.tensor([values], device=model.device) for key, values in row.items()}
+    return at_answers(model(**batch).logits, batch["labels"], encoder_decoder=two_sided)
