@@ -3,6 +3,7 @@
 from folklora.continual.adapt_infty import AdaptInfty
 from folklora.continual.am_lora import AMLoRAStream
 from folklora.continual.base import AdapterPerTask, ContinualMethod
+from folklora.continual.codyra import CoDyRAStream
 from folklora.continual.ewc import EWC
 from folklora.continual.inc_lora import IncLoRA
 from folklora.continual.lwf import LwF
@@ -18,6 +19,7 @@ __all__ = [
     "AMLoRAStream",
     "AdaptInfty",
     "AdapterPerTask",
+    "CoDyRAStream",
     "ContinualMethod",
     "IncLoRA",
     "LwF",

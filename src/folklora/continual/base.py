@@ -19,9 +19,9 @@ from folklora.stream.tasks import Example, Task
 class ContinualMethod:
     """A way of learning a stream of tasks over any adapter method.
 
-    The stream calls, for each task: `prepare`, training on `examples` with `penalty` in the loss, `finish`; and
-    `route` before each evaluation. Where `reads_logits`, `logits_penalty` is in the loss as well. A method overrides
-    what it does differently; the base class trains one adapter on and on.
+    The stream calls, for each task: `prepare`, training on `examples` with `begin` before its first step and `penalty`
+    in the loss, `finish`; and `route` before each evaluation. Where `reads_logits`, `logits_penalty` is in the loss as
+    well. A method overrides what it does differently; the base class trains one adapter on and on.
 
     Args:
         adapter: Options of the adapter that is trained, any `peft.PeftConfig`.
@@ -59,6 +59,9 @@ class ContinualMethod:
             seed: Of the run; whatever is drawn depends on it and on the task alone.
         """
         return list(tasks[index].train)
+
+    def begin(self, model: PeftModel, steps: int) -> None:
+        """Told just before the first step of a task's training how many optimizer steps there will be."""
 
     def penalty(self, model: PeftModel) -> Tensor | None:
         """What is added to the loss of every micro-batch beside the adapters' own penalties."""

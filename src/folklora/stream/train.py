@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -121,7 +122,7 @@ def train_task(
     """
     encoder_decoder = bool(model.config.is_encoder_decoder)
     rows = [encode(tokenizer, example, settings.max_length, encoder_decoder) for example in examples]
-    watch = _Watch(on_step)
+    watch = _Watch(partial(method.begin, model), on_step)
     arguments = _arguments(settings, seed, folder, len(rows))
     build = _seq2seq_trainer if encoder_decoder else _causal_trainer
     trainer = build(model, tokenizer, rows, arguments, [watch], method)
@@ -170,9 +171,12 @@ def _arguments(settings: TrainSettings, seed: int, folder: str | Path, count: in
 
 
 class _Watch(TrainerCallback):
-    def __init__(self, on_step: Callable[[int, int, float | None], None] | None) -> None:
-        self.on_step = on_step
+    def __init__(self, begin: Callable[[int], None], on_step: Callable[[int, int, float | None], None] | None) -> None:
+        self.begin, self.on_step = begin, on_step
         self.losses: list[dict[str, float]] = []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.begin(state.max_steps)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.on_step is not None:
