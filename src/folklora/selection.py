@@ -56,9 +56,11 @@ def kmeans(vectors: Tensor, clusters: int, generator: torch.Generator, batch: in
     if clusters < 1 or batch < 1:
         raise ValueError(f"clusters and batch must be at least 1, not {clusters} and {batch}")
     n = len(vectors)
-    centres = _spread_rows(vectors, min(clusters, n), generator)
+    if n == 0:
+        return torch.zeros(0, dtype=torch.int64)
+    centres = _spread_rows(vectors, clusters, generator)
     whole, counts, labels = n <= batch, torch.zeros(len(centres), device=vectors.device), None
-    for _ in range(_STEPS if n else 0):
+    for _ in range(_STEPS):
         rows = vectors if whole else vectors[_draw(n, batch, generator)]
         before, labels = labels, _nearest(rows, centres)
         if whole and before is not None and torch.equal(before, labels):
@@ -252,8 +254,6 @@ def _draw(n: int, count: int, generator: torch.Generator) -> Tensor:
 
 def _spread_rows(vectors: Tensor, clusters: int, generator: torch.Generator) -> Tensor:
     """The start of k-means++, [at most `clusters`, d]: fewer where no other row is left."""
-    if clusters == 0:
-        return vectors[:0]
     chosen = [vectors[_draw(len(vectors), 1, generator)[0]]]
     distance = _squared_distance(vectors, chosen[0])
     while len(chosen) < clusters and bool((distance > 0).any()):
