@@ -4,10 +4,10 @@
 
 The demo's model learns tiny tasks of the demo's five kinds, each written by a seed of its own. Every method runs in a
 process of its own, and each finished one is kept in OUT, so that the script resumes. For each task are recorded:
-prepare_seconds (before the first step), train_seconds (the trainer: its making and its steps), finish_seconds (after
-the last step, before scoring), evaluate_seconds (scoring on all tasks), save_seconds, resident memory, and stored
-parameters. OUT gets table.md, costs.svg and a JSON record a method; the table sets the last tenth of the tasks beside
-an early one, so what grows with the number of tasks is seen.
+prepare_seconds (before the trainer is made), train_seconds (the trainer: its making and its steps), finish_seconds
+(after the last step, before scoring), evaluate_seconds (by default all tasks are scored after the last one only),
+save_seconds, resident memory, and stored parameters. OUT gets table.md, costs.svg and a JSON record a method; the
+table sets the last tenth of the tasks beside an early one, so that what grows with the number of tasks is seen.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ OWN_OPTIONS: dict[str, dict[str, Any]] = {
     "replay": {"memory": 0.1},
     "ewc": {"fisher_examples": 8},
     "osft": {"r": None},
-    "adapt-infty": {"budget": 16, "pool": 64, "n_clusters": 4, "proj_dim": 256},
+    "adapt-infty": {"budget": 16, "pool": 32, "n_clusters": 4, "proj_dim": 256},
+    "codyra": {"kappa_max": 0.5},
 }
 
 
@@ -54,6 +55,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", help="all that learn task after task, if not given")
     parser.add_argument("--train-rows", type=int, default=16, help="training examples a task")
     parser.add_argument("--test-rows", type=int, default=2, help="test examples a task")
+    parser.add_argument("--evaluate", choices=("all", "seen", "last"), default="last", help="what is scored when")
     parser.add_argument("--rank", type=int, default=4)
     parser.add_argument("--targets", nargs="+", default=["q_proj", "v_proj"])
     parser.add_argument("--workers", type=int, default=1, help="methods at once")
@@ -88,38 +90,41 @@ def long_stream(count: int, train: int, test: int) -> list[Any]:
 
 
 class Clock:
-    """Notes when each part of each task ends, and the memory then.
-
-    `folklora.learn` tells of the beginning of a task's training, of each step, of each evaluation, and of the finished
-    row, by which time the task is saved.
-    """
+    """Notes, for each task, when it began, was prepared, had its last step, and was saved, and the memory then."""
 
     def __init__(self) -> None:
-        self.begun = self.ended = self.prepared = self.stepped = 0.0
-        self.scored_from: float | None = None
+        self.begun = self.prepared = self.stepped = 0.0
+        self.own = 0.0  # seconds of noting
         self.tasks: list[dict[str, float]] = []
 
     def tell(self, event: str, **details: Any) -> None:
+        """Take one event of `folklora.learn`; a row is told of when it is saved."""
         now = time.perf_counter()
         if event == "method":
             self.begun = now
         elif event == "train":
-            self.prepared, self.scored_from = now, None
+            self.prepared = now
         elif event == "step":
             self.stepped = now
-        elif event == "evaluate" and self.scored_from is None:
-            self.scored_from = now
         elif event == "row":
-            self.tasks.append(
-                {
-                    "prepare_seconds": self.prepared - self.begun,
-                    "train_seconds": self.stepped - self.prepared,
-                    "finish_seconds": self.scored_from - self.stepped,
-                    "until_saved": now - self.scored_from,
-                    "memory": resident(),
-                }
-            )
+            times = {"prepared": self.prepared, "stepped": self.stepped, "saved": now}
+            since = {key: value - self.begun for key, value in times.items()}
+            self.tasks.append({**since, "memory": resident()})
             self.begun = time.perf_counter()
+            self.own += self.begun - now
+
+
+def costs(noted: dict[str, float], state: dict[str, Any]) -> dict[str, float]:
+    """What one task cost, from what the clock noted and the run recorded."""
+    return {
+        "prepare_seconds": noted["prepared"],
+        "train_seconds": noted["stepped"] - noted["prepared"],
+        "finish_seconds": max(0.0, state["train_seconds"] - noted["stepped"]),
+        "evaluate_seconds": state["seconds"] - state["train_seconds"],
+        "save_seconds": max(0.0, noted["saved"] - state["seconds"]),
+        "memory": noted["memory"],
+        "stored_parameters": state["stored_parameters"],
+    }
 
 
 def resident() -> int:
@@ -145,7 +150,7 @@ def learn_one(method: str, options: argparse.Namespace) -> str:
     tasks = long_stream(options.tasks, options.train_rows, options.test_rows)
     common = {
         "r": options.rank, "target_modules": options.targets, "learning_rate": 1e-3, "batch_size": 8,
-        "max_length": 96, "eval_batch_size": 60,
+        "max_length": 96, "eval_batch_size": 60, "evaluate": options.evaluate,
     }  # fmt: skip
     own = {key: value for key, value in {**common, **OWN_OPTIONS.get(method, {})}.items() if value is not None}
     clock, began = Clock(), time.perf_counter()
@@ -154,17 +159,12 @@ def learn_one(method: str, options: argparse.Namespace) -> str:
         whole = time.perf_counter() - began
         states, size = run.states(method), sum(p.stat().st_size for p in run.path.rglob("*") if p.is_file())
         entry, machine = run.results["methods"][method], run.results["machine"]
-    rows = []
-    for noted, state in zip(clock.tasks, states, strict=True):
-        evaluated = state["seconds"] - state["train_seconds"]
-        save = noted.pop("until_saved") - evaluated
-        stored = {"stored_parameters": state["stored_parameters"]}
-        rows.append({**noted, "evaluate_seconds": evaluated, "save_seconds": save, **stored})
+    rows = [costs(noted, state) for noted, state in zip(clock.tasks, states, strict=True)]
     record = {
         "method": method, "tasks": rows, "seconds": whole, "run_bytes": size, "machine": machine, "options": own,
         "rows": [options.train_rows, options.test_rows],
         # before the first task, between tasks, and the results and report at the end
-        "other_seconds": whole - sum(row[f"{part}_seconds"] for row in rows for part in TIMES),
+        "other_seconds": whole - clock.own - sum(row[f"{part}_seconds"] for row in rows for part in TIMES),
         "average_accuracy": entry["average_accuracy"],
     }  # fmt: skip
     path = record_file(options, method)
@@ -185,19 +185,21 @@ def write_report(out: Path) -> None:
 
 def table(found: list[dict[str, Any]]) -> list[str]:
     """Early → late, each the median over a tenth of the tasks (the early one leaves the first task out)."""
-    times = [f"{part} s" for part in TIMES]
-    heads = ["method", "tasks", *times, "other s", "memory MiB", "KiB a task", "stored KiB a task"]
+    parts = [part for part in TIMES if part != "evaluate"]
+    heads = ["method", "tasks", *(f"{part} s" for part in parts), "last evaluation s", "other s"]
+    heads += ["memory MiB", "memory KiB a task", "stored KiB a task"]
     lines = ["| " + " | ".join(heads) + " |", "|" + " --- |" * len(heads)]
     for record in found:
         rows = record["tasks"]
         tenth = max(1, len(rows) // 10)
         early, late = rows[1 : 1 + tenth], rows[-tenth:]
-        cells = [f"{middle(early, f'{part}_seconds'):.2f} → {middle(late, f'{part}_seconds'):.2f}" for part in TIMES]
-        memory = f"{middle(early, 'memory') / 2**20:.0f} → {middle(late, 'memory') / 2**20:.0f}"
+        cells = [f"{middle(early, f'{part}_seconds'):.2f} → {middle(late, f'{part}_seconds'):.2f}" for part in parts]
+        cells += [f"{rows[-1]['evaluate_seconds']:.1f}", f"{record['other_seconds']:.1f}"]
+        cells.append(f"{middle(early, 'memory') / 2**20:.0f} → {middle(late, 'memory') / 2**20:.0f}")
         apart = max(1, len(rows) - 1 - tenth)
         grown = [(middle(late, key) - middle(early, key)) / apart for key in ("memory", "stored_parameters")]
         # numbers are float32
-        cells += [f"{record['other_seconds']:.1f}", memory, f"{grown[0] / 1024:.0f}", f"{4 * grown[1] / 1024:.0f}"]
+        cells += [f"{grown[0] / 1024:.0f}", f"{4 * grown[1] / 1024:.0f}"]
         lines.append("| " + " | ".join([record["method"], str(len(rows)), *cells]) + " |")
     return lines
 
@@ -218,7 +220,7 @@ def plot(path: Path, found: list[dict[str, Any]]) -> None:
         "prepare, s": lambda row, first: row["prepare_seconds"],
         "train, s": lambda row, first: row["train_seconds"],
         "finish and save, s": lambda row, first: row["finish_seconds"] + row["save_seconds"],
-        "evaluate on all tasks, s": lambda row, first: row["evaluate_seconds"],
+        "evaluate, s": lambda row, first: row["evaluate_seconds"],
         "resident memory above that after task 1, MiB": lambda row, first: (row["memory"] - first["memory"]) / 2**20,
         "stored, MiB of float32": lambda row, first: 4 * row["stored_parameters"] / 2**20,
     }

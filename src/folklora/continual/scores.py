@@ -111,7 +111,7 @@ class Measure:
         else:
             gradients = torch.autograd.grad(F.cross_entropy(*read), parameters, materialize_grads=True)
         gradient = torch.cat([part.flatten().float() for part in gradients]).nan_to_num()
-        logits, answer = read[0].detach(), read[1]
+        logits, answer = (part.detach() for part in read)
         perplexity, alone = log_perplexity(logits, answer), math.nan
         if bare is not None:
             with torch.no_grad():

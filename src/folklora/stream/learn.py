@@ -210,9 +210,13 @@ class _Lesson:
         with model.disable_adapter():
             return [self._score(model, task) for task in self.course.tasks]
 
-    def _row(self, model: PeftModel, trained: int) -> list[float]:
-        row = []
+    def _row(self, model: PeftModel, trained: int) -> list[float | None]:
+        row: list[float | None] = []
+        wanted, count = self.course.settings.evaluate, len(self.course.tasks)
         for j, task in enumerate(self.course.tasks):
+            if trained < count and wanted != "all" and (wanted == "last" or j >= trained):
+                row.append(None)
+                continue
             self.method.route(model, j, trained)
             self.course.tell(event="evaluate", task=task.name, index=j)
             row.append(self._score(model, task))

@@ -46,6 +46,9 @@ class TrainSettings:
         gradient_checkpointing: Recompute activations in the backward pass to save memory.
         precision: Of the base model's weights: "float32", "bfloat16", or "auto": bfloat16 where a GPU has it.
         eval_batch_size: Prompts a batch when scoring.
+        evaluate: What is scored after each task: "all" tasks; those "seen" so far; or none but after the "last" one.
+            After that all are. With T tasks these are T², about T² / 2 and T evaluations; what was not scored is None,
+            and so are the metrics that need it.
         calibration_examples: Training examples that an adapter's statistics are taken from before it is made, where
             it needs any (CorDA, LoRA-SB).
     """
@@ -63,6 +66,7 @@ class TrainSettings:
     gradient_checkpointing: bool = False
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     eval_batch_size: int = 32
+    evaluate: Literal["all", "seen", "last"] = "all"
     calibration_examples: int = 256
 
     def __post_init__(self) -> None:
@@ -74,6 +78,8 @@ class TrainSettings:
         ]
         if self.schedule not in ("constant", "linear", "cosine"):
             problems.append(f"schedule must be constant, linear or cosine, not {self.schedule!r}")
+        if self.evaluate not in ("all", "seen", "last"):
+            problems.append(f"evaluate must be all, seen or last, not {self.evaluate!r}")
         if self.precision not in ("auto", "float32", "bfloat16"):
             problems.append(f"precision must be auto, float32 or bfloat16, not {self.precision!r}")
         if problems:
