@@ -227,9 +227,10 @@ def test_the_rare_skill_is_not_drowned(tiny_llama, tiny_tokenizer):
 
 
 def test_it_learns_keeps_the_pool_on_disk_and_counts_it(teach, tmp_path):
-    found = teach("adapt-infty", "run", **SMALL | {"budget": 24}, epochs=6)
-    assert found["learning_accuracy"] > 80
-    assert found["average_accuracy"] > found["start"][0]
+    found = teach("adapt-infty", "run", **SMALL, epochs=4, learning_rate=0.05)
+    first = [point["loss"] for point in found["losses"] if point["task"] == 0]
+    assert len(first) == 8, "four epochs of the budget of 16, not of the 24 examples that there are"
+    assert first[-1] < first[0] - 0.3
     file = tmp_path / "run/adapt-infty/task-002/carried.safetensors"
     pool = load_file(file)["pool"]
     assert tuple(pool.shape) == (30, 2)
