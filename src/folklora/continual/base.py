@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -91,6 +91,10 @@ class ContinualMethod:
         """What is carried on to the later tasks beside the adapters; called after the training of task `index`."""
         return {}
 
+    def changed(self, model: PeftModel, index: int) -> Collection[str]:
+        """Names of the adapters that learning task `index` may have changed; the others' files are not written anew."""
+        return list(model.peft_config)
+
     def resume(self, model: PeftModel, index: int, carried: dict[str, Tensor]) -> None:
         """Put the model, with its adapters loaded, into its state after task `index` was finished."""
 
@@ -123,6 +127,10 @@ class AdapterPerTask(ContinualMethod):
         others = [other for other in model.peft_config if other != name]
         model.set_requires_grad(others, requires_grad=False)
         model.set_requires_grad(name, requires_grad=True)
+
+    def changed(self, model: PeftModel, index: int) -> Collection[str]:
+        """The task's own; the older ones are frozen."""
+        return [f"task_{index}"]
 
     def resume(self, model: PeftModel, index: int, carried: dict[str, Tensor]) -> None:
         """Nothing of the past is trained again."""

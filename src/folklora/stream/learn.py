@@ -200,7 +200,8 @@ class _Lesson:
             "seconds": round(time.perf_counter() - began, 3),
             "attention": self.method.observe(model, course.tokenizer, course.tasks) if last else None,
         }
-        course.run.save_state(self.method.method, index + 1, model, state, carried)
+        changed = self.method.changed(model, index)
+        course.run.save_state(self.method.method, index + 1, model, state, carried, changed)
         course.run.log("task", method=self.method.method, task=name, row=row, seconds=state["seconds"])
         course.tell(event="row", method=self.method.method, index=index, row=row)
         self.states.append(state)
