@@ -323,5 +323,6 @@ class _Display:
     def _on_evaluate(self, task: str, index: int) -> None:
         self.bar.update(self.current, description=f"{self.method}: asking {task}", total=None, note="")
 
-    def _on_row(self, method: str, index: int, row: list[float]) -> None:
-        console.print(f"  after task {index + 1}:  " + "  ".join(f"{value:5.1f}" for value in row), highlight=False)
+    def _on_row(self, method: str, index: int, row: list[float | None]) -> None:
+        words = ["    –" if value is None else f"{value:5.1f}" for value in row]
+        console.print(f"  after task {index + 1}:  " + "  ".join(words), highlight=False)

@@ -16,8 +16,10 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from folklora import LoRA
+from folklora.continual import IncLoRA
 from folklora.stream.learn import learn
-from folklora.stream.run import Run, RunError, create_run
+from folklora.stream.run import Run, RunError, create_run, load_adapters, save_adapters
 from folklora.stream.tasks import Example, Task
 
 QUICK = {"r": 2, "dropout": 0.0, "learning_rate": 0.02, "batch_size": 8, "max_length": 48, "epochs": 1}
@@ -256,3 +258,35 @@ def test_tasks_saved_state_is_plain_data(half):
     state = Run.load(half).states("am-lora")[0]
     assert all(0 <= value <= 100 for value in state["row"])
     assert torch.isfinite(torch.tensor([point["loss"] for point in state["losses"]])).all()
+
+
+def test_adapters_that_a_task_left_alone_are_not_written_again(model_folder, tasks, tmp_path):
+    out, before = tmp_path / "run", {}
+
+    def note(event: str, **details: Any) -> None:
+        if event == "train" and details["index"] == 1:
+            folder = out / "inc-lora/task-001/adapters/task_0"
+            before.update({path.name: (path.stat().st_ino, path.read_bytes()) for path in folder.iterdir()})
+
+    learn(model_folder, tasks, "inc-lora", out=out, options=QUICK, progress=note)
+    folder = out / "inc-lora/task-002/adapters"
+    assert {path.name: (path.stat().st_ino, path.read_bytes()) for path in (folder / "task_0").iterdir()} == before
+    assert "adapter_model.safetensors" in before
+    assert (folder / "task_1/adapter_model.safetensors").stat().st_nlink == 1
+    loaded = load_adapters(AutoModelForCausalLM.from_pretrained(model_folder), folder)
+    assert set(loaded.peft_config) == {"task_0", "task_1"}
+
+
+def test_where_files_cannot_be_linked_they_are_copied(model_folder, tmp_path, monkeypatch):
+    def refuse(*names: object) -> None:
+        raise OSError("no links here")
+
+    monkeypatch.setattr(os, "link", refuse)
+    model = IncLoRA(LoRA(r=2)).start(AutoModelForCausalLM.from_pretrained(model_folder))
+    IncLoRA(LoRA(r=2)).prepare(model, None, [], 1)
+    save_adapters(model, tmp_path / "one")
+    save_adapters(model, tmp_path / "two", tmp_path / "one", ["task_1"])
+    assert contents(tmp_path / "two") == contents(tmp_path / "one")
+    # what was never written has to be, whoever says that it did not change
+    save_adapters(model, tmp_path / "three", tmp_path / "none", ["task_1"])
+    assert contents(tmp_path / "three") == contents(tmp_path / "one")

@@ -31,6 +31,7 @@ class CoDyRA(AdapterConfig):
     `compact` takes the pruned components out of the model and of what is saved; merging and exporting leave them out
     anyway. `next_task` does the same at the border to the next task: what survives is kept as frozen factors (the
     paper adds it to W, which is never changed here; the function is the same) and A, B, w start anew at full rank.
+    Those factors never have more than min(in, out) terms: where they would, they are multiplied out.
     The reference code's operator is not the soft threshold: it shrinks and then sets to 0 what fell below κ, that is
     all |w| < 2 κ.
 
@@ -193,7 +194,7 @@ class CoDyRAUpdate(Update):
         if self.prune():
             A, B = self.w[:, None] * self.A, self.B
             if self.old_A is not None:
-                A, B = torch.cat([self.old_A, A]), torch.cat([self.old_B, B], dim=1)
+                A, B = _no_more_than_dense(torch.cat([self.old_A, A]), torch.cat([self.old_B, B], dim=1))
             self.old_A, self.old_B = (nn.Parameter(value.contiguous(), requires_grad=False) for value in (A, B))
         return 0 if self.old_A is None else self.old_A.shape[0]
 
@@ -241,6 +242,31 @@ def next_task(model: nn.Module, adapter_name: str = "default") -> dict[str, int]
         update.start(config.for_module(layer.name).r)
         layer.set_requires_grad(adapter_name, True)
     return dict(config.history)
+
+
+def set_steps(model: nn.Module, steps: int, adapter_name: str = "default") -> None:
+    """Spread the thresholds over a task of `steps` optimizer steps; whoever trains may learn their number only then.
+
+    Args:
+        model: A PEFT model that carries the CoDyRA adapter.
+        steps: T, at least 1.
+        adapter_name: The adapter.
+
+    Raises:
+        ValueError: The model has no CoDyRA adapter of that name.
+    """
+    pairs = _pairs(model, adapter_name)
+    for config in (model.peft_config[adapter_name], *(update.config for _, update in pairs)):
+        config.steps = steps
+
+
+def _no_more_than_dense(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    """Factors of the same product B A that have at most as many terms as it has rows or columns."""
+    if A.shape[0] <= min(B.shape[0], A.shape[1]):
+        return A, B
+    dense = (B.double() @ A.double()).to(A.dtype)
+    eye = torch.eye(min(dense.shape), dtype=A.dtype, device=A.device)
+    return (dense, eye) if dense.shape[0] <= dense.shape[1] else (eye, dense)
 
 
 def _pairs(model: nn.Module, adapter_name: str) -> list[tuple[nn.Module, CoDyRAUpdate]]:

@@ -1,7 +1,9 @@
 """What keeps the old tasks alive while a stream of tasks goes by; one file a method."""
 
+from folklora.continual.adapt_infty import AdaptInfty
 from folklora.continual.am_lora import AMLoRAStream
 from folklora.continual.base import AdapterPerTask, ContinualMethod, Phase
+from folklora.continual.codyra import CoDyRAStream
 from folklora.continual.ewc import EWC
 from folklora.continual.exssnet import ExSSNeTStream
 from folklora.continual.inc_lora import IncLoRA
@@ -19,7 +21,9 @@ __all__ = [
     "EWC",
     "SLM",
     "AMLoRAStream",
+    "AdaptInfty",
     "AdapterPerTask",
+    "CoDyRAStream",
     "ContinualMethod",
     "ExSSNeTStream",
     "IncLoRA",

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from folklora.stream.tokens import IGNORED
+from folklora.stream.tasks import Example
+from folklora.stream.tokens import IGNORED, encode
 
 
 def at_answers(logits: Tensor, labels: Tensor, *, encoder_decoder: bool) -> tuple[Tensor, Tensor]:
@@ -30,3 +32,20 @@ def prompt_inputs(model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompt: 
     ids = torch.tensor([tokenizer(prompt, truncation=True)["input_ids"]], device=model.device)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     return {**inputs, "decoder_input_ids": ids[:, :1]} if model.config.is_encoder_decoder else inputs
+
+
+def answer_of(
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase, example: Example, max_length: int
+) -> tuple[Tensor, Tensor]:
+    """The logits [n, vocabulary] from which one example's answer is read, given its prompt, and the answer's tokens.
+
+    Args:
+        model: It is run once, in the mode that it is in.
+        tokenizer: Its tokenizer.
+        example: Encoded as in training.
+        max_length: As in training.
+    """
+    two_sided = bool(model.config.is_encoder_decoder)
+    row = encode(tokenizer, example, max_length, two_sided)
+    batch = {key: torch.tensor([values], device=model.device) for key, values in row.items()}
+    return at_answers(model(**batch).logits, batch["labels"], encoder_decoder=two_sided)

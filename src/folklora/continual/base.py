@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -35,9 +35,9 @@ class ContinualMethod:
     """A way of learning a stream of tasks over any adapter method.
 
     The stream calls, for each task: `prepare`; for each of its `phases`, `enter` and training on `examples` with
-    `penalty` in the loss; `finish`; and `route` before each evaluation. A run that was stopped begins its task anew.
-    Where `reads_logits`, `logits_penalty` is in the loss as well. A method overrides what it does differently; the
-    base class trains one adapter on and on.
+    `begin` before its first step and `penalty` in the loss; `finish`; and `route` before each evaluation. A run that
+    was stopped begins its task anew. Where `reads_logits`, `logits_penalty` is in the loss as well. A method overrides
+    what it does differently; the base class trains one adapter on and on.
 
     Args:
         adapter: Options of the adapter that is trained, any `peft.PeftConfig`.
@@ -86,6 +86,9 @@ class ContinualMethod:
         """
         return list(tasks[index].train)
 
+    def begin(self, model: PeftModel, steps: int) -> None:
+        """Told just before the first step of a task's training how many optimizer steps there will be."""
+
     def penalty(self, model: PeftModel) -> Tensor | None:
         """What is added to the loss of every micro-batch beside the adapters' own penalties."""
         return None
@@ -113,6 +116,10 @@ class ContinualMethod:
     ) -> dict[str, Tensor]:
         """What is carried on to the later tasks beside the adapters; called after the training of task `index`."""
         return {}
+
+    def changed(self, model: PeftModel, index: int) -> Collection[str]:
+        """Names of the adapters that learning task `index` may have changed; the others' files are not written anew."""
+        return list(model.peft_config)
 
     def resume(self, model: PeftModel, index: int, carried: dict[str, Tensor]) -> None:
         """Put the model, with its adapters loaded, into its state after task `index` was finished."""
@@ -168,6 +175,10 @@ class AdapterPerTask(ContinualMethod):
         others = [other for other in model.peft_config if other not in own]
         model.set_requires_grad(others, requires_grad=False)
         model.set_requires_grad(own, requires_grad=True)
+
+    def changed(self, model: PeftModel, index: int) -> Collection[str]:
+        """The task's own; the older ones are frozen."""
+        return self.names(index)
 
     def resume(self, model: PeftModel, index: int, carried: dict[str, Tensor]) -> None:
         """Nothing of the past is trained again."""

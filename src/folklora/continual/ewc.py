@@ -13,10 +13,9 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from folklora.continual.answers import at_answers
+from folklora.continual.answers import answer_of
 from folklora.continual.base import ContinualMethod
 from folklora.stream.tasks import Example, Task
-from folklora.stream.tokens import encode
 
 
 @dataclass
@@ -167,11 +166,7 @@ def empirical_fisher(
 
 def _surprise(model: PeftModel, tokenizer: PreTrainedTokenizerBase, example: Example, max_length: int) -> Tensor:
     """-log p(answer | prompt), summed over the answer's tokens."""
-    two_sided = bool(model.config.is_encoder_decoder)
-    row = encode(tokenizer, example, max_length, two_sided)
-    batch = {key: torch.tensor([values], device=model.device) for key, values in row.items()}
-    logits, answer = at_answers(model(**batch).logits, batch["labels"], encoder_decoder=two_sided)
-    return F.cross_entropy(logits, answer, reduction="sum")
+    return F.cross_entropy(*answer_of(model, tokenizer, example, max_length), reduction="sum")
 
 
 def _trained(model: PeftModel) -> Iterator[tuple[str, nn.Parameter]]:

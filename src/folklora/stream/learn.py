@@ -188,7 +188,8 @@ class _Lesson:
             "seconds": round(time.perf_counter() - began, 3),
             "attention": self.method.observe(model, course.tokenizer, course.tasks) if last else None,
         }
-        course.run.save_state(self.method.method, index + 1, model, state, carried)
+        changed = self.method.changed(model, index)
+        course.run.save_state(self.method.method, index + 1, model, state, carried, changed)
         course.run.log("task", method=self.method.method, task=name, row=row, seconds=state["seconds"])
         course.tell(event="row", method=self.method.method, index=index, row=row)
         self.states.append(state)
@@ -224,9 +225,13 @@ class _Lesson:
         with model.disable_adapter():
             return [self._score(model, task) for task in self.course.tasks]
 
-    def _row(self, model: PeftModel, trained: int) -> list[float]:
-        row = []
+    def _row(self, model: PeftModel, trained: int) -> list[float | None]:
+        row: list[float | None] = []
+        wanted, count = self.course.settings.evaluate, len(self.course.tasks)
         for j, task in enumerate(self.course.tasks):
+            if trained < count and wanted != "all" and (wanted == "last" or j >= trained):
+                row.append(None)
+                continue
             self.method.route(model, j, trained)
             self.course.tell(event="evaluate", task=task.name, index=j)
             row.append(self._score(model, task))

@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,11 +101,26 @@ class Run:
             file.write(line + "\n")
 
     def save_state(
-        self, method: str, count: int, model: PeftModel, state: dict[str, Any], carried: dict[str, Tensor]
+        self,
+        method: str,
+        count: int,
+        model: PeftModel,
+        state: dict[str, Any],
+        carried: dict[str, Tensor],
+        changed: Collection[str] | None = None,
     ) -> None:
         """Record a finished stage: adapters, carried tensors and figures, all or nothing.
 
         The adapters and carried tensors of the stage before are removed once these are in place.
+
+        Args:
+            method: The method's name.
+            count: How many stages are finished with this one.
+            model: With its adapters.
+            state: The stage's figures.
+            carried: What the method carries on beside its adapters.
+            changed: The adapters that are new or other than in the stage before; the others' files are taken over from
+                there. None writes all of them.
 
         Raises:
             RunError: It cannot be written, for instance on a full disk; the stage before is still whole.
@@ -114,7 +130,7 @@ class Run:
             temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
             shutil.rmtree(temporary, ignore_errors=True)
             try:
-                save_adapters(model, temporary / "adapters")
+                save_adapters(model, temporary / "adapters", self.state_folder(method, count - 1) / "adapters", changed)
                 if carried:
                     save_file(
                         {k: v.detach().cpu().contiguous() for k, v in carried.items()},
@@ -210,11 +226,33 @@ def _short(value: Any) -> str:
     return text if len(text) < 120 else text[:117] + "..."
 
 
-def save_adapters(model: PeftModel, folder: Path) -> None:
-    """Write every adapter of a model, each in a folder of its own name (safetensors and configuration)."""
+def save_adapters(
+    model: PeftModel, folder: Path, before: Path | None = None, changed: Collection[str] | None = None
+) -> None:
+    """Write every adapter of a model, each in a folder of its own name (safetensors and configuration).
+
+    Args:
+        model: The model.
+        folder: Where to.
+        before: Where an earlier state of them was written.
+        changed: Those that are not as they were then; None means all. The files of the others are linked, or copied
+            where the file system has no links: a stream of many adapters would else write them all after each task.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    names = set(model.peft_config)
+    same = names - set(names if changed is None or before is None else changed)
+    same = {name for name in same if (before / name / "adapter_config.json").is_file()}
+    for name in same:
+        shutil.copytree(before / name, folder / name, copy_function=_link)
     # the embeddings are never trained here; "auto" would ask a hub whether the base model's vocabulary grew
-    model.save_pretrained(folder, save_embedding_layers=False)
+    model.save_pretrained(folder, selected_adapters=sorted(names - same), save_embedding_layers=False)
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
 
 
 def load_adapters(model: PreTrainedModel, folder: Path) -> PeftModel:

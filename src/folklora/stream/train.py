@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -45,6 +46,9 @@ class TrainSettings:
         gradient_checkpointing: Recompute activations in the backward pass to save memory.
         precision: Of the base model's weights: "float32", "bfloat16", or "auto": bfloat16 where a GPU has it.
         eval_batch_size: Prompts a batch when scoring.
+        evaluate: What is scored after each task: "all" tasks; those "seen" so far; or none but after the "last" one.
+            After that all are. With T tasks these are T², about T² / 2 and T evaluations; what was not scored is None,
+            and so are the metrics that need it.
         calibration_examples: Training examples that an adapter's statistics are taken from before it is made, where
             it needs any (CorDA, LoRA-SB).
     """
@@ -62,6 +66,7 @@ class TrainSettings:
     gradient_checkpointing: bool = False
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     eval_batch_size: int = 32
+    evaluate: Literal["all", "seen", "last"] = "all"
     calibration_examples: int = 256
 
     def __post_init__(self) -> None:
@@ -73,6 +78,8 @@ class TrainSettings:
         ]
         if self.schedule not in ("constant", "linear", "cosine"):
             problems.append(f"schedule must be constant, linear or cosine, not {self.schedule!r}")
+        if self.evaluate not in ("all", "seen", "last"):
+            problems.append(f"evaluate must be all, seen or last, not {self.evaluate!r}")
         if self.precision not in ("auto", "float32", "bfloat16"):
             problems.append(f"precision must be auto, float32 or bfloat16, not {self.precision!r}")
         if problems:
@@ -121,7 +128,7 @@ def train_task(
     """
     encoder_decoder = bool(model.config.is_encoder_decoder)
     rows = [encode(tokenizer, example, settings.max_length, encoder_decoder) for example in examples]
-    watch = _Watch(on_step)
+    watch = _Watch(partial(method.begin, model), on_step)
     arguments = _arguments(settings, seed, folder, len(rows))
     build = _seq2seq_trainer if encoder_decoder else _causal_trainer
     trainer = build(model, tokenizer, rows, arguments, [watch], method)
@@ -170,9 +177,12 @@ def _arguments(settings: TrainSettings, seed: int, folder: str | Path, count: in
 
 
 class _Watch(TrainerCallback):
-    def __init__(self, on_step: Callable[[int, int, float | None], None] | None) -> None:
-        self.on_step = on_step
+    def __init__(self, begin: Callable[[int], None], on_step: Callable[[int, int, float | None], None] | None) -> None:
+        self.begin, self.on_step = begin, on_step
         self.losses: list[dict[str, float]] = []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.begin(state.max_steps)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.on_step is not None:
