@@ -39,8 +39,12 @@ def frozen_pass(part: nn.Module, given: dict[str, Any]) -> Tensor:
         given: The arguments of its call.
     """
     known = {name: given[name] for name in _READ if given.get(name) is not None}
-    if "use_cache" in inspect.signature(part.forward).parameters:
+    accepted = inspect.signature(part.forward).parameters
+    if "use_cache" in accepted:
         known["use_cache"] = False
+    if "position_ids" in accepted and "attention_mask" in known:
+        # padding on the left must not change what a row asks
+        known.setdefault("position_ids", (known["attention_mask"].cumsum(dim=1) - 1).clamp(min=0))
     training = [module for module in part.modules() if module.training]
     part.eval()
     try:
