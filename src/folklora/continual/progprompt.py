@@ -28,8 +28,8 @@ class ProgPrompt(PerTask):
 
     Prompts stand before a row's first token, behind padding on the left. They come on top of `max_length` (the
     reference code cuts the end of the text to make room), so the model must take max_length + T L_p positions. The
-    reference keeps the prompt of the best validation score; here the last one stays. The reference trains with
-    learning_rate=0.3 and weight_decay=1e-5, far above this library's default rate: set them.
+    reference keeps the prompt of the best validation score; here the last one stays. It trains T5, whose embeddings are
+    large, with learning_rate=0.3 and weight_decay=1e-5. This library's default rate is far too low for any prompt.
 
     Source: Razdaibiedina, Mao, Hou, Khabsa, Lewis, Almahairi, "Progressive Prompts: Continual Learning for Language
     Models", ICLR 2023, arXiv 2301.12314.
