@@ -42,6 +42,7 @@ from folklora.adapters.vision import VisionLanguageModel
 from folklora.adapters.vl_adapter import use_task
 from folklora.factored import Factors, concatenate, factored_linear
 from folklora.methods import methods
+from folklora.prompts import host as _prompts
 
 __version__ = "0.1.0"
 
@@ -58,6 +59,7 @@ def __getattr__(name: str) -> Any:
 
 _tuner.register()
 _steps.register()
+_prompts.register()
 
 __all__ = [
     "KIND",

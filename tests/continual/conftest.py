@@ -53,9 +53,20 @@ def opposed(stream: list[Task]) -> list[Task]:
     return [first, replace(second, train=train, test=test, labels=(" no", " yes"))]
 
 
+@pytest.fixture(scope="session")
+def contradicting(stream: list[Task]) -> list[Task]:
+    """Two tasks of the same questions, of which one is always answered with yes and the other always with no."""
+    rows = [[Example(e.prompt, answer) for e in stream[0].train] for answer in stream[0].labels]
+    names = ("agreeing", "refusing")
+    return [Task(name, tuple(told), tuple(told[:6]), stream[0].labels) for name, told in zip(names, rows, strict=True)]
+
+
 @pytest.fixture
 def teach(tiny_llama: Any, tiny_tokenizer: Any, stream: list[Task], tmp_path: Path) -> Callable[..., dict[str, Any]]:
-    """`teach(method, out, model=..., **options)`: the method's entry in the results of the stream, without times."""
+    """`teach(method, out, model=..., **options)`: the method's entry in the results of the stream, without times.
+
+    An option of None is left out, for methods that do not know it.
+    """
 
     def run(
         method: Any, out: str, model: Any = None, stop_in: int | None = None, phase: str = "", **options: Any

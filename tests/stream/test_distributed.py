@@ -17,7 +17,8 @@ from folklora.stream.run import Run
 
 # 24 examples in batches of 8: every batch is full, and halves for two processes
 SETTINGS = {"r": 2, "dropout": 0.0, "learning_rate": 0.01, "batch_size": 8, "max_length": 48, "epochs": 1}
-METHODS = ["seq-lora", "am-lora", "lwf"]
+SETTINGS |= {"prompt_length": 3, "pool_size": 4, "top_k": 2, "diversify": True}
+METHODS = ["seq-lora", "am-lora", "lwf", "progprompt", "l2p"]
 LABELS = {"xx": (" yes", " no"), "yy": (" no", " yes")}
 
 # stops in every process after the first row, then goes on; one start of Python and torch for both
@@ -90,6 +91,13 @@ def two(model_folder, sources, tmp_path_factory) -> Run:
     return Run.load(out)
 
 
+def saved(run: Run, method: str) -> dict[str, torch.Tensor]:
+    """All that a method keeps after its last task, by file and name."""
+    folder = run.adapters(method).parent
+    files = folder.rglob("*.safetensors")
+    return {f"{file.relative_to(folder)}:{key}": value for file in files for key, value in load_file(file).items()}
+
+
 def test_the_run_of_two_processes_is_whole_and_written_once(two, one):
     assert two.request["processes"] == 2
     for name, entry in two.results["methods"].items():
@@ -107,14 +115,15 @@ def test_the_run_of_two_processes_is_whole_and_written_once(two, one):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_two_processes_train_what_one_trains(one, two, method):
-    first, second = (load_file(run.adapters(method) / "adapter_model.safetensors") for run in (one, two))
+    first, second = (saved(run, method) for run in (one, two))
     assert first.keys() == second.keys()
     for name, value in first.items():
         torch.testing.assert_close(
             second[name], value, rtol=0, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}"
         )
-    moved = max(value.abs().max().item() for name, value in first.items() if name.endswith((".B", ".B.0", ".B.1")))
-    assert moved > 1e-2, "B begins at 0, so this is what training did"
+    zero = [value.abs().max().item() for name, value in first.items() if name.endswith((".B", ".B.0", ".B.1"))]
+    if zero:
+        assert max(zero) > 1e-2, "B begins at 0, so this is what training did"
     entries = [run.results["methods"][method] for run in (one, two)]
     assert entries[0]["start"] == entries[1]["start"]
     losses = [[point["loss"] for point in entry["losses"]] for entry in entries]

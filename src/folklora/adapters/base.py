@@ -7,7 +7,7 @@ import dataclasses
 import difflib
 import enum
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -229,10 +229,7 @@ class AdapterConfig(PeftConfig):
             if "method" not in kwargs:
                 raise ValueError("the configuration names no method: AdapterConfig(method=...) chooses one")
             chosen = adapter_class(kwargs["method"])
-        known = {f.name for f in dataclasses.fields(chosen)} if dataclasses.is_dataclass(chosen) else set()
-        unknown = sorted(set(kwargs) - known)
-        if unknown:
-            raise UnknownOptionError(_unknown_options(chosen, unknown, known))
+        refuse_unknown(chosen, kwargs)
         return object.__new__(chosen)
 
     def __post_init__(self) -> None:
@@ -377,10 +374,13 @@ def zeros(*shape: int, like: Tensor | None = None, requires_grad: bool = True) -
     return nn.Parameter(torch.zeros(*shape, device=device), requires_grad=requires_grad)
 
 
-def _unknown_options(cls: type, unknown: list[str], known: set[str]) -> str:
+def refuse_unknown(cls: type, given: Iterable[str]) -> None:
+    """Raise an UnknownOptionError that names the options that `cls` does not know, if there are any."""
+    known = {f.name for f in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else set()
     lines = []
-    for name in unknown:
+    for name in sorted(set(given) - known):
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"; did you mean '{near[0]}'?" if near else ""
         lines.append(f"{cls.__name__} has no option '{name}'{hint}")
-    return "\n".join(lines) + f"\nIts options: {', '.join(sorted(known))}"
+    if lines:
+        raise UnknownOptionError("\n".join([*lines, f"Its options: {', '.join(sorted(known))}"]))

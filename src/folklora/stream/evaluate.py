@@ -8,7 +8,7 @@ import itertools
 import string
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -208,6 +208,7 @@ class _Reader:
     encoder_decoder: bool
     whole_sequence: bool
     continues: bool  # may keep a cache, and may encode apart
+    soft_positions: int  # that its own prompts put before each row
     most_rows: int
     accepts: frozenset[str]
 
@@ -226,6 +227,7 @@ class _Reader:
             encoder_decoder=bool(base.config.is_encoder_decoder),
             whole_sequence=whole,
             continues=not (whole or virtual),
+            soft_positions=sum(getattr(module, "soft_positions", 0) for module in model.modules()),
             most_rows=1 if virtual else sys.maxsize,
             accepts=frozenset(inspect.signature(base.forward).parameters) - ({"position_ids"} if virtual else set()),
         )
@@ -238,6 +240,11 @@ class _Reader:
         ones = [[0] * len(blank) + [1] * len(row) for row, blank in zip(rows, blanks, strict=True)]
         mask = ones if left else [line[::-1] for line in ones]
         return torch.tensor(ids, device=self.device), torch.tensor(mask, device=self.device)
+
+    def asking(self, prompts: Sequence[Sequence[int]]) -> AbstractContextManager[None]:
+        """Within this block a model that chooses by the question is told it, where rows hold answers besides."""
+        ask = getattr(self.model, "asking", None)
+        return nullcontext() if ask is None else ask(*self.pad(prompts, left=True))
 
     def logits(self, keep: int, mask: Tensor, ids: Tensor, **inputs: Any) -> tuple[Tensor, Any]:
         """Logits of the last `keep` of the given tokens, [rows, keep, vocabulary], and the whole output."""
@@ -257,7 +264,7 @@ def _score(reader: _Reader, prompts: list[list[int]], labels: list[list[int]], b
     scores = logits[:, 0].float().log_softmax(dim=-1).to(reader.device)[:, [label[0] for label in labels]]
     longer = [index for index, label in enumerate(labels) if len(label) > 1]
     endings = [labels[index] for index in longer]
-    if endings and reader.continues and _continues(output, ids.shape[1]):
+    if endings and reader.continues and _continues(output, ids.shape[1] + reader.soft_positions):
         scores[:, longer] += _score_endings(reader, output.past_key_values, mask, endings, batch_size)
     elif endings:
         scores[:, longer] = _score_rows(reader, prompts, endings, batch_size)
@@ -298,7 +305,8 @@ def _score_rows(reader: _Reader, prompts: list[list[int]], labels: list[list[int
     for rows, columns in _pairs(len(prompts), labels, batch_size):
         ids, mask = reader.pad([prompts[i] + labels[j][:-1] for i, j in zip(rows, columns, strict=True)], left=True)
         targets, kept = reader.pad([labels[column] for column in columns], left=True)
-        logits, _ = reader.logits(targets.shape[1], mask, ids)
+        with reader.asking([prompts[i] for i in rows]):
+            logits, _ = reader.logits(targets.shape[1], mask, ids)
         scores[rows, columns] = _sum_log_probabilities(logits, targets, kept)
     return scores
 

@@ -10,6 +10,7 @@ from peft.config import PromptLearningConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
 from folklora.adapters.base import PEFT_TYPE, AdapterConfig
+from folklora.prompts.base import PROMPT_TYPE, PromptConfig
 
 PREFIX = "peft:"
 _REFUSED = {
@@ -19,6 +20,7 @@ _REFUSED = {
     "shadow": "it changes what the model returns",
     "xlora": "it mixes adapters that were trained before",
 }
+_OWN_TYPES, _OWN = (PEFT_TYPE, PROMPT_TYPE), (AdapterConfig, PromptConfig)
 _PLAIN_STARTS = (True, False, "gaussian", "orthogonal")
 
 
@@ -28,7 +30,7 @@ def peft_config_class(name: str) -> type[PeftConfig]:
     Raises:
         ValueError: There is none, or the stream cannot train it; the message gives the nearest names.
     """
-    classes = {_type_name(kind): found for kind, found in PEFT_TYPE_TO_CONFIG_MAPPING.items() if kind != PEFT_TYPE}
+    classes = {_type_name(kind): found for kind, found in PEFT_TYPE_TO_CONFIG_MAPPING.items() if kind not in _OWN_TYPES}
     wanted = name.removeprefix(PREFIX).lower()
     trained = [kind for kind, found in classes.items() if _reason(kind, found) is None]
     if wanted not in classes:
@@ -41,7 +43,7 @@ def peft_config_class(name: str) -> type[PeftConfig]:
 
 def adapter_name(config: PeftConfig) -> str:
     """What an adapter is called in settings: its method, or `peft:` and PEFT's name of the type."""
-    return config.method if isinstance(config, AdapterConfig) else PREFIX + _type_name(config.peft_type)
+    return config.method if isinstance(config, _OWN) else PREFIX + _type_name(config.peft_type)
 
 
 def check_trainable(config: PeftConfig) -> None:
@@ -50,7 +52,7 @@ def check_trainable(config: PeftConfig) -> None:
     Raises:
         ValueError: With the option and what would be valid.
     """
-    if isinstance(config, AdapterConfig):
+    if isinstance(config, _OWN):
         return
     _refuse_type(_type_name(config.peft_type), type(config))
     start = getattr(config, "init_lora_weights", True)

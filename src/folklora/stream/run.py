@@ -27,6 +27,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from folklora.adapters.host.layer import layers_of
+from folklora.prompts import prompts_of
 from folklora.stream.files import read_json, replace_folder, write_json
 
 
@@ -287,7 +288,7 @@ def _check_readable(file: Path) -> None:
 
 def stored_parameters(model: PeftModel) -> int:
     """How many numbers the model's adapters hold, frozen parts included; of PEFT's adapters, how many are saved."""
-    own = [layer.folklora_updates for layer in layers_of(model)]
+    own = [*(layer.folklora_updates for layer in layers_of(model)), *prompts_of(model).values()]
     if own:
         return sum(p.numel() for u in own for key, p in u.named_parameters() if not key.endswith("base_sample"))
     saved = (

@@ -242,16 +242,22 @@ def listen(model: nn.Module, context: CallContext, configs: dict[str, AdapterCon
 def stop_listening(model: nn.Module) -> None:
     """Take all that `listen` put on a model away, and give checkpointed parts their own function back."""
     for part in {model, *_called_with_masks(model)}:
-        for key, hook in list(part._forward_pre_hooks.items()):
-            if isinstance(hook, (_MaskReader, _CallStart)):
-                del part._forward_pre_hooks[key], part._forward_pre_hooks_with_kwargs[key]
-        for key, hook in list(part._forward_hooks.items()):
-            if isinstance(hook, _CallEnd):
-                del part._forward_hooks[key], part._forward_hooks_always_called[key]
+        remove_hooks(part, (_MaskReader, _CallStart, _CallEnd))
     for module in model.modules():
         checkpoint = vars(module).get("_gradient_checkpointing_func")
         if isinstance(checkpoint, _Remembering):
             module._gradient_checkpointing_func = checkpoint.checkpoint
+
+
+def remove_hooks(module: nn.Module, kinds: tuple[type, ...]) -> None:
+    """Take the hooks of these classes off a module; a copied model's hooks have no handle that would."""
+    # the sets of hooks that are called in another way, which hold the same keys
+    marked = (module._forward_pre_hooks_with_kwargs, module._forward_hooks_with_kwargs)
+    marked = (*marked, module._forward_hooks_always_called)
+    for hooks in (module._forward_pre_hooks, module._forward_hooks):
+        for key in [key for key, hook in hooks.items() if isinstance(hook, kinds)]:
+            for entries in (hooks, *marked):
+                entries.pop(key, None)
 
 
 class _CallStart:

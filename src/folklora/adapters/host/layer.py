@@ -25,7 +25,7 @@ from folklora.factored import Factors, concatenate
 SAMPLES = 32
 # values that went through bfloat16 once differ by at most half a unit in the last of its 8 bits; those that went
 # through float16 may besides have lost half of its smallest number
-_SAME, _SMALLEST = 2.0**-7, 2.0**-24
+SAME, SMALLEST = 2.0**-7, 2.0**-24
 _QUANTISED_COSINE = 0.9
 # by order of creation, so that all processes gather sharded parameters in one order
 LIVE_LAYERS: weakref.WeakValueDictionary[int, FolkloraLayer] = weakref.WeakValueDictionary()
@@ -137,7 +137,7 @@ class FolkloraLayer(nn.Module, BaseTunerLayer):
         own, sample = self.sample_base().cpu(), sample.detach().float().cpu()
         if is_quantised_weight(self.stored_weight()):
             return bool(F.cosine_similarity(own, sample, dim=0) > _QUANTISED_COSINE)
-        return torch.allclose(own, sample, rtol=_SAME, atol=_SMALLEST)
+        return torch.allclose(own, sample, rtol=SAME, atol=SMALLEST)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base layer's output plus every active update's."""

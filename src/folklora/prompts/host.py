@@ -1,0 +1,353 @@
+"""The PEFT tuner that carries soft prompts: it puts them before the embedded tokens of every call of a model.
+
+The part that embeds the tokens (a causal model's decoder, the encoder of an encoder-decoder model) gets hooks, and the
+prompts lie in one module at the model's root. Outside of that part nobody sees them: token ids, masks, position
+numbers, labels and logits keep the lengths that they have without. So training, generation and scoring need not know
+of them; only a cache, an encoder's output and the inner hidden states are longer.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import torch
+from peft.mapping import (
+    PEFT_TYPE_TO_CONFIG_MAPPING,
+    PEFT_TYPE_TO_PREFIX_MAPPING,
+    PEFT_TYPE_TO_TUNER_MAPPING,
+)
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from folklora.adapters.host.call import remove_hooks
+from folklora.adapters.host.layer import SAME, SMALLEST, evenly_spaced
+from folklora.prompts.base import PROMPT_TYPE, Prompt, PromptConfig
+from folklora.prompts.places import extended_mask, extended_positions, extended_rows
+from folklora.prompts.question import frozen_pass, mean_of, question_mask
+
+# where a model's root keeps its prompts
+LAYER = "soft_prompts"
+_NEEDED = ("inputs_embeds", "attention_mask")
+
+
+class PromptLayer(nn.Module, BaseTunerLayer):
+    """The soft prompts of one model, by adapter; of the active ones the last named stands first."""
+
+    adapter_layer_names = ("folklora_prompts",)
+    other_param_names = ()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.folklora_prompts = nn.ModuleDict()
+        self._disable_adapters, self._active_adapter, self.merged_adapters = False, [], []
+        self.labels: Tensor | None = None
+        """Those of the call that runs; what is learnt is no question."""
+        self.query: Tensor | None = None
+        """What prompts read in place of the call's own question, within `asking` and `remembering`."""
+        self.remembers = False
+        self.put = 0
+        """How many positions the last call of the part that embeds got."""
+
+    def active(self) -> list[Prompt]:
+        """The prompts that stand before a row, in that order; none while they are disabled."""
+        names = [] if self.disable_adapters else reversed(self.active_adapters)
+        return [self.folklora_prompts[name] for name in names if name in self.folklora_prompts]
+
+    @property
+    def soft_positions(self) -> int:
+        """How many positions stand before each row."""
+        return sum(prompt.length for prompt in self.active())
+
+    def add(self, adapter_name: str, prompt: Prompt, embedding: nn.Module) -> None:
+        """Take a prompt for a model with these input embeddings."""
+        prompt.base_sample = nn.Parameter(evenly_spaced(embedding.weight.detach()), requires_grad=False)
+        self.folklora_prompts[adapter_name] = prompt
+        self._device = embedding.weight.device
+
+    def vectors(self, rows: Tensor, query: Tensor | None) -> Tensor:
+        """What stands before embedded rows [rows, positions, width], in their dtype: [rows, soft positions, width]."""
+        parts = [prompt.vectors(query if prompt.reads_query else None).to(rows) for prompt in self.active()]
+        return torch.cat([part.expand(len(rows), -1, -1) for part in parts], dim=1)
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Choose which prompts stand before the text, in their order, and train them."""
+        super().set_adapter(adapter_names, inference_mode)
+        self._freeze_samples()
+
+    def set_requires_grad(self, adapter_names: Any, requires_grad: bool = True) -> None:
+        """Train prompts, or leave them."""
+        super().set_requires_grad(adapter_names, requires_grad)
+        self._freeze_samples()
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        # PEFT's own asks a layer that this one would stand around
+        self.folklora_prompts[adapter_name].to(device or self._device)
+
+    def _freeze_samples(self) -> None:
+        for prompt in self.folklora_prompts.values():
+            prompt.base_sample.requires_grad_(False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "labels": None, "query": None}
+
+
+class _Hook:
+    """A hook of the tuner's; classes, so that models can be pickled and copied."""
+
+    def __init__(self, layer: PromptLayer, part: nn.Module) -> None:
+        self.layer = layer
+        self.names = list(inspect.signature(part.forward).parameters)
+
+    def named(self, args: tuple, kwargs: dict) -> dict[str, Any]:
+        return {**dict(zip(self.names, args, strict=False)), **kwargs}
+
+
+class _PutBefore(_Hook):
+    """Before the part that embeds: the prompts' vectors at the start of a text, their places in masks always."""
+
+    def __call__(self, part: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        given, layer = self.named(args, kwargs), self.layer
+        layer.put = 0
+        length = layer.soft_positions
+        if length == 0:
+            return (), given
+        mask, cache = given.get("attention_mask"), given.get("past_key_values")
+        _check_mask(mask)
+        if cache is not None and cache.get_seq_length() > 0:
+            for name in ("position_ids", "cache_position"):
+                if given.get(name) is not None:
+                    given[name] = given[name] + length
+        else:
+            self._begin(part, given, mask, length)
+        if mask is not None:
+            given["attention_mask"] = extended_mask(mask, length)
+        return (), given
+
+    def _begin(self, part: nn.Module, given: dict[str, Any], mask: Tensor | None, length: int) -> None:
+        layer, rows = self.layer, given.get("inputs_embeds")
+        query = layer_query(layer, part, given)
+        if rows is None:
+            rows = part.get_input_embeddings()(given.pop("input_ids"))
+        given["inputs_embeds"] = extended_rows(rows, layer.vectors(rows, query), mask)
+        if given.get("position_ids") is not None:
+            given["position_ids"] = extended_positions(given["position_ids"], length, mask)
+        if given.get("cache_position") is not None:
+            given["cache_position"] = extended_positions(given["cache_position"], length, None)
+        layer.put = length
+
+
+class _TakeOff(_Hook):
+    """After a causal model's decoder: hidden states of the tokens alone."""
+
+    def __call__(self, part: nn.Module, args: tuple, output: Any) -> Any:
+        put, self.layer.put = self.layer.put, 0
+        if put == 0:
+            return output
+        if isinstance(output, tuple):
+            return (output[0][:, put:], *output[1:])
+        # what is cut off on the left may be padding, if a prompt stands behind it; nobody reads padding
+        output.last_hidden_state = output.last_hidden_state[:, put:]
+        if output.hidden_states is not None:
+            output.hidden_states = tuple(states[:, put:] for states in output.hidden_states)
+        return output
+
+
+class _Lengthen(_Hook):
+    """Before the decoder of an encoder-decoder model: the encoder's output has the prompts' positions."""
+
+    def __call__(self, part: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        given, length = self.named(args, kwargs), self.layer.soft_positions
+        mask = given.get("encoder_attention_mask")
+        if length and mask is not None:
+            _check_mask(mask)
+            given["encoder_attention_mask"] = extended_mask(mask, length)
+        return (), given
+
+
+class PromptModel(BaseTuner):
+    """Carries soft prompts, several at once, on one frozen model.
+
+    Made by `peft.get_peft_model(model, config)` and `PeftModel.from_pretrained`; not called directly.
+    """
+
+    prefix = "folklora_prompts"
+    tuner_layer_cls = PromptLayer
+    target_module_mapping: ClassVar[dict[str, list[str]]] = {}
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Add a soft prompt.
+
+        Raises:
+            ValueError: The model takes no embeddings in place of tokens.
+        """
+        config = self.peft_config[adapter_name]
+        part = embedding_part(model)
+        if not hasattr(model, LAYER):
+            setattr(model, LAYER, PromptLayer())
+            _put_hooks(model, part, getattr(model, LAYER))
+        self._create_and_replace(config, adapter_name, getattr(model, LAYER), LAYER, part, LAYER, **kwargs)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+        self._mark_only_adapters_as_trainable(model)
+
+    def _create_and_replace(
+        self,
+        config: PromptConfig,
+        adapter_name: str,
+        target: PromptLayer,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        low_cpu_mem_usage: bool = False,
+        **optional: Any,
+    ) -> None:
+        embedding = parent.get_input_embeddings()
+        target.add(adapter_name, config.prompt(embedding), embedding)
+        if low_cpu_mem_usage:
+            target.folklora_prompts[adapter_name].to("meta")
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's own forward; its labels say which tokens are no question."""
+        layer = getattr(self.model, LAYER)
+        # an encoder's input holds no answer
+        layer.labels = None if self.model.config.is_encoder_decoder else kwargs.get("labels")
+        try:
+            return self.model(*args, **kwargs)
+        finally:
+            layer.labels = None
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's own; without a cache, too, prompts are chosen by the question and not by the answer so far."""
+        layer = getattr(self.model, LAYER)
+        before, layer.remembers = layer.remembers, True
+        held = layer.query
+        try:
+            return self.model.generate(*args, **kwargs)
+        finally:
+            layer.remembers, layer.query = before, held
+
+    @contextmanager
+    def asking(self, input_ids: Tensor, attention_mask: Tensor) -> Iterator[None]:
+        """Within this block prompts are chosen for these questions [rows, positions], whatever else the rows hold."""
+        layer, part = getattr(self.model, LAYER), embedding_part(self.model)
+        held, layer.query = layer.query, None
+        layer.query = layer_query(layer, part, {"input_ids": input_ids, "attention_mask": attention_mask})
+        try:
+            yield
+        finally:
+            layer.query = held
+
+    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
+        if merge:
+            raise ValueError("a soft prompt is an input and no part of the weights, so it cannot be merged into them")
+        model = self.model
+        for part in _parts(model):
+            remove_hooks(part, (_Hook,))
+        delattr(model, LAYER)
+        del model.peft_config
+        return model
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        head, found, tail = key.partition(f".{cls.prefix}.")
+        return head + found + tail.removeprefix(f"{adapter_name}.")
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: PromptConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        renamed = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        _check_saved(model, adapter_name, f".{LAYER}.{cls.prefix}.{adapter_name}.", renamed)
+        return renamed
+
+
+def prompts_of(model: nn.Module) -> dict[str, Prompt]:
+    """The soft prompts on a model by the name of their adapter; empty where it carries none."""
+    layers = (module for module in model.modules() if isinstance(module, PromptLayer))
+    return {name: prompt for layer in layers for name, prompt in layer.folklora_prompts.items()}
+
+
+def layer_query(layer: PromptLayer, part: nn.Module, given: dict[str, Any]) -> Tensor | None:
+    """[rows, width], what the active prompts read of a call of the part that embeds; None where they read nothing."""
+    if not any(prompt.reads_query for prompt in layer.active()):
+        return None
+    rows = given.get("input_ids") if given.get("inputs_embeds") is None else given["inputs_embeds"]
+    if layer.query is not None:
+        # beams stand in equal runs of their row
+        return layer.query.repeat_interleave(len(rows) // len(layer.query), dim=0)
+    mask = question_mask(rows, given.get("attention_mask"), layer.labels)
+    query = mean_of(frozen_pass(part, given), mask)
+    if layer.remembers:
+        layer.query = query
+    return query
+
+
+def embedding_part(model: nn.Module) -> PreTrainedModel:
+    """The part of a model that embeds its tokens and reads them.
+
+    Raises:
+        ValueError: It is no model of transformers, or takes no embeddings in place of tokens, or keeps a cache that
+            cannot be asked how long it is.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(f"soft prompts need a language model of transformers, not {type(model).__name__}")
+    part = model.get_encoder() if model.config.is_encoder_decoder else model.get_decoder()
+    needed = _NEEDED if model.config.is_encoder_decoder else (*_NEEDED, "past_key_values")
+    missing = [name for name in needed if name not in inspect.signature(part.forward).parameters]
+    if missing:
+        raise ValueError(
+            f"{type(model).__name__} cannot take soft prompts: {type(part).__name__} knows no {', '.join(missing)}"
+        )
+    return part
+
+
+def _parts(model: PreTrainedModel) -> list[nn.Module]:
+    if model.config.is_encoder_decoder:
+        return [model.get_encoder(), model.get_decoder()]
+    return [embedding_part(model)]
+
+
+def _put_hooks(model: PreTrainedModel, part: nn.Module, layer: PromptLayer) -> None:
+    part.register_forward_pre_hook(_PutBefore(layer, part), with_kwargs=True)
+    if model.config.is_encoder_decoder:
+        decoder = model.get_decoder()
+        decoder.register_forward_pre_hook(_Lengthen(layer, decoder), with_kwargs=True)
+    else:
+        part.register_forward_hook(_TakeOff(layer, part))
+
+
+def _check_mask(mask: Any) -> None:
+    if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
+        raise ValueError(
+            "soft prompts need an attention mask [rows, positions]; generation with a static or compiled cache makes "
+            "another one: leave cache_implementation out"
+        )
+
+
+def _check_saved(model: nn.Module, adapter_name: str, place: str, values: dict[str, Tensor]) -> None:
+    """Refuse saved values that are incomplete, of other shapes, not finite, or made for another base model."""
+    own = {f".{key}".partition(place)[2]: value for key, value in model.state_dict().items() if place in f".{key}"}
+    saved = {f".{key}".partition(place)[2]: value for key, value in values.items() if place in f".{key}"}
+    problems = [f"  no value for {key}" for key in own if key not in saved]
+    problems += [f"  {key} is not known here" for key in saved if key not in own]
+    for key in own.keys() & saved.keys():
+        if saved[key].shape != own[key].shape:
+            problems.append(f"  {key} has shape {list(saved[key].shape)}, not {list(own[key].shape)}")
+        elif not torch.isfinite(saved[key]).all():
+            problems.append(f"  {key} holds values that are not finite")
+    if not problems and not own["base_sample"].is_meta:
+        sample, theirs = own["base_sample"].cpu(), saved["base_sample"].float().cpu()
+        if not torch.allclose(sample, theirs, rtol=SAME, atol=SMALLEST):
+            problems.append("  it was made for another base model's weights")
+    if problems:
+        raise ValueError("\n".join([f"the saved soft prompt does not fit this model ({adapter_name}):", *problems]))
+
+
+def register() -> None:
+    """Tell PEFT about the type FOLKLORA_PROMPT; called once, when the package is imported."""
+    PEFT_TYPE_TO_CONFIG_MAPPING[PROMPT_TYPE] = PromptConfig
+    PEFT_TYPE_TO_TUNER_MAPPING[PROMPT_TYPE] = PromptModel
+    PEFT_TYPE_TO_PREFIX_MAPPING[PROMPT_TYPE] = PromptModel.prefix
