@@ -64,6 +64,11 @@ class StackUpdate(Update):
         self.corrects_base = any(stack.corrects_base for stack in stacks.values())
         self.unsaved = frozenset(f"{name}.{key}" for name, stack in stacks.items() for key in stack.unsaved)
 
+    def placed(self, layer: Any, adapter_name: str) -> None:
+        """Each stack's own: it may have to know what a call is told."""
+        for name in self.names:
+            self.get_submodule(name).placed(layer, adapter_name)
+
     def pair(self, name: str, corrects: bool = True) -> tuple[Tensor, Tensor]:
         """The factors A [matrices, r, in] and B [matrices, out, r] of a stack, s folded into B.
 
