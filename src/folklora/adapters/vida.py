@@ -140,11 +140,12 @@ class ViDAUpdate(Update):
         scales = self._scales()
         if scales is None:
             return Factors(self.A, 1.0, self.B)
-        scales = scales.to(self.A)
+        # cast before moved: not every device has float64
+        scales = scales.to(self.A.dtype).to(self.A.device)
         if scales.dim() == 2:
             if x is None:
                 raise ValueError("the rows have scales of their own, and no layer's input was given")
-            scales = by_row("the scales", scales, x, self.layer_name)
+            scales = by_row("the list of scales", scales, x, self.layer_name)
         low, high = scales.split(1, dim=-1)
         shares = [part.expand(*part.shape[:-1], rank) for part, rank in zip((low, high), self.ranks, strict=True)]
         s = torch.cat(shares, dim=-1)
@@ -167,10 +168,11 @@ def scaled(model: nn.Module, low: Tensor | float, high: Tensor | float) -> Itera
     Raises:
         ValueError: The model carries no `ViDA`, or the scales have other shapes.
     """
-    updates = (update for layer in layers_of(model) for update in layer.folklora_updates.values())
-    if not any(isinstance(update, ViDAUpdate) for update in updates):
+    # those of experts are parts of another update
+    parts = (part for layer in layers_of(model) for part in layer.folklora_updates.modules())
+    if not any(isinstance(part, ViDAUpdate) for part in parts):
         raise ValueError("this model carries no ViDA adapter whose scales could be set")
-    low, high = torch.as_tensor(low, dtype=torch.float32), torch.as_tensor(high, dtype=torch.float32)
+    low, high = (x if isinstance(x, Tensor) else torch.tensor(x, dtype=torch.float64) for x in (low, high))
     if low.shape != high.shape or low.dim() > 1:
         raise ValueError(
             f"the scales must be two numbers or two tensors [rows], not of shapes {list(low.shape)} and "

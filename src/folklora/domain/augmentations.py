@@ -12,7 +12,7 @@ from folklora.domain import filters
 _NOISE = 0.005
 
 
-def augmented(images: Tensor, generator: torch.Generator) -> Tensor:
+def augmented(images: Tensor, generator: torch.Generator, mirrored: bool = True) -> Tensor:
     """A random view of each image: colour jitter and gamma, a small affine map, blur, a flip, noise.
 
     The recipe and its ranges are CoTTA's and ViDA's: brightness 0.6-1.4, contrast 0.7-1.3, saturation 0.5-1.5, hue
@@ -24,6 +24,7 @@ def augmented(images: Tensor, generator: torch.Generator) -> Tensor:
     Args:
         images: [N, C, H, W] in [0, 1].
         generator: Where the draws come from, on the CPU.
+        mirrored: Whether half of the images are mirrored; False for what a mirror makes something else, such as digits.
 
     Returns:
         The same shape, in [0, 1].
@@ -38,8 +39,8 @@ def augmented(images: Tensor, generator: torch.Generator) -> Tensor:
     shift = torch.stack([draw(-side / 16, side / 16), draw(-side / 16, side / 16)], dim=-1)
     x = filters.affine(x, _similarity(draw(-15, 15), draw(0.9, 1.1), shift))
     x = filters.gaussian_blur(x, draw(0.001, 0.5))
-    mirrored = (draw(0, 1) < 0.5).view(-1, 1, 1, 1)
-    x = torch.where(mirrored, x.flip(3), x)
+    if mirrored:
+        x = torch.where((draw(0, 1) < 0.5).view(-1, 1, 1, 1), x.flip(3), x)
     noise = torch.randn(x.shape, generator=generator).to(x)
     return (x + _NOISE * noise).clamp(0, 1)
 

@@ -26,8 +26,8 @@ class HomeostaticAdaptation(ContinualTestTimeAdaptation):
     1. u = factor · mean over classes (and over the batch, unless `per_sample`) of the variance of the teacher's logits
        over `views` random views of x, with both scales at 1;
     2. (λ_l, λ_h) = (1 - u, 1 + u) where u ≥ Θ, else (1 + u, 1 - u), for teacher and student;
-    3. z_t = f_t(x), the answer, and z_s = f_s(x); one step on the mean of H(softmax(z_t), z_s), or of its symmetric
-       form, the authors' on ImageNet;
+    3. z_t = f_t(x), the answer, and z_s = f_s(x); one step on the mean of (H(p_t, p_s) + H(p_s, p_t)) / 2 (ImageNet),
+       or of H(p_t, p_s) alone (CIFAR), p the softmax and H the cross-entropy;
     4. θ_t ← a θ_t + (1 - a) θ_s; then each element of the student is set back to its start with probability `restore`.
     Nothing is reset between domains. λ_l + λ_h = 2 always; u counts at most as 1, so that no scale changes its sign.
 
@@ -38,6 +38,9 @@ class HomeostaticAdaptation(ContinualTestTimeAdaptation):
     The authors train the base parameters too: `base_lr` gives student and teacher a change of every base parameter,
     added for the length of a call. That is an overlay on top of the base, which itself is still never written to; it
     costs the model four times more (changes of both, their start and the optimizer's).
+
+    H(p_t, p_s) alone has the gradient p_s - p_t, none where teacher and student are equal, as they are at the start.
+    With the same x for both and no dropout nothing would ever be learnt, whence the symmetric default.
 
     Departures from the authors' code: λ_h is applied (there a condition skips it); u is measured at scales 1, not at
     the last batch's; the model stays in evaluation mode. Their adapters come trained on source data: train the `ViDA`
@@ -57,7 +60,7 @@ class HomeostaticAdaptation(ContinualTestTimeAdaptation):
         allotment: "homeostatic", "inverted" (an ablation: the other scale rises) or "none", which leaves both at 1 and
             spares the views.
         per_sample: Give each image scales of its own, as in the paper; the code gives one pair a batch.
-        symmetric: Take the symmetric loss.
+        symmetric: Take the symmetric loss; the other needs a student that differs from its teacher.
         restore: Probability of the stochastic restoration (0.1 in the CIFAR code, 0 on ImageNet).
         base_lr: Learning rate of changes of the base's parameters; None trains none.
         base_decay: a of these changes.
@@ -80,7 +83,7 @@ class HomeostaticAdaptation(ContinualTestTimeAdaptation):
         view: Callable[[Tensor, torch.Generator], Tensor] = augmented,
         allotment: Literal["homeostatic", "inverted", "none"] = "homeostatic",
         per_sample: bool = False,
-        symmetric: bool = False,
+        symmetric: bool = True,
         restore: float = 0.0,
         base_lr: float | None = None,
         base_decay: float = 0.999,
