@@ -16,8 +16,8 @@ from transformers import ViTForImageClassification
 from folklora import HomeostaticAdaptation, LoRA, ViDA
 from folklora.adapters.host.layer import layers_of, updates_of
 from folklora.adapters.vida import scaled
-from folklora.domain import adaptation as parts
 from folklora.domain import SourceOnly, corrupt
+from folklora.domain import adaptation as parts
 from folklora.domain.homeostatic import allot
 
 Maker = Callable[..., ViTForImageClassification]
