@@ -36,7 +36,7 @@ def made(tiny_vit: Maker, **options: Any) -> HomeostaticAdaptation:
     with torch.no_grad():
         for _, update in updates_of(model, "default"):
             update.B.normal_(std=0.3)
-    return HomeostaticAdaptation(model, **{"views": 3, "lr": 1e-2} | options)
+    return HomeostaticAdaptation(model, **{"views": 3, "lr": 1e-2, "threshold": 0.05} | options)
 
 
 def teacher_logits(method: HomeostaticAdaptation, images: Tensor, low: float, high: float) -> Tensor:
@@ -241,7 +241,7 @@ def test_a_state_that_does_not_fit_is_refused(tiny_vit: Maker, tmp_path: Path) -
     method.save(path)
     with pytest.raises(ValueError, match=r"other settings:\n  views = 3, here 2"):
         made(tiny_vit, views=2).resume(path)
-    other = HomeostaticAdaptation(tiny_vit(seed=1), ViDA(r=8, low_rank=2), views=3, lr=1e-2)
+    other = HomeostaticAdaptation(tiny_vit(seed=1), ViDA(r=8, low_rank=2), views=3, lr=1e-2, threshold=0.05)
     with pytest.raises(ValueError, match="another base model"):
         other.resume(path)
     with pytest.raises(ValueError, match="no state of SourceOnly but of HomeostaticAdaptation"):
