@@ -284,8 +284,10 @@ def test_images_are_normalised_by_channel(tiny_vit: Maker) -> None:
     ],
 )
 def test_options_are_checked(tiny_vit: Maker, options: dict[str, Any], message: str) -> None:
+    model = tiny_vit()
     with pytest.raises(ValueError, match=message):
-        HomeostaticAdaptation(tiny_vit(), **{"adapter": ViDA(r=4)} | options)
+        HomeostaticAdaptation(model, **{"adapter": ViDA(r=4)} | options)
+    assert not list(layers_of(model))
 
 
 def test_what_cannot_be_adapted_is_refused(tiny_vit: Maker) -> None:

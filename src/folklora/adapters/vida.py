@@ -35,8 +35,8 @@ class ViDA(AdapterConfig):
     single weight. `folklora.HomeostaticAdaptation` sets them by the teacher's uncertainty and is the method's loop.
 
     The authors' code never applies λ_h: a condition sets one scale a layer, always the low one. Here both count. Its
-    start leaves the high rank almost dead (1/128² = 6e-5), so the authors first train the adapters on source data; how
-    long is not said. `start="kaiming"` draws both parts as LoRA does.
+    start leaves the high rank almost dead (1/128² = 6e-5); the authors load adapters that were trained on source data,
+    how long is not said. `start="kaiming"` draws both parts as LoRA does.
 
     Source: Liu, Yang, Jia, Lu, Guo, Xue, Zhang, "ViDA: Homeostatic Visual Domain Adapter for Continual Test Time
     Adaptation", ICLR 2024, arXiv 2306.04344.
@@ -44,8 +44,7 @@ class ViDA(AdapterConfig):
     When to choose:
         A deployed image classifier meets unlabelled images whose domain keeps changing, and its base must stay as it
         is. It needs `folklora.HomeostaticAdaptation`; without that it is a LoRA of rank r₁ + r₂. Where labels are
-        there, take LoRA; where a batch may cost one pass only, compare
-        `folklora.domain.TENT`.
+        there, take LoRA; where a batch may cost one pass only, compare `folklora.domain.TENT`.
 
     Equation:
         y = W x + b + \lambda_l\, U_1 D_1 x + \lambda_h\, U_2 D_2 x

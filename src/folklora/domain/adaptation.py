@@ -58,8 +58,7 @@ class ContinualTestTimeAdaptation(ABC):
         seed: int = 0,
         settings: Mapping[str, Any] | None = None,
     ) -> None:
-        if optimizer not in _OPTIMIZERS:
-            raise ValueError(f"optimizer must be one of {', '.join(_OPTIMIZERS)}, not {optimizer!r}")
+        check_options(optimizer, decays or {}, restore)
         self.model = model.eval()
         self.student, self.seed = dict(student), seed
         self.start = {name: value.detach().clone() for name, value in self.student.items()}
@@ -69,7 +68,6 @@ class ContinualTestTimeAdaptation(ABC):
         own |= {"mean": mean, "std": std, "seed": seed}
         # as a file gives them back: tuples as lists
         self.settings = json.loads(json.dumps({**own, **(settings or {})}))
-        _check_settings(self.settings)
         groups = [{"params": [*_of_kind(self.student, kind).values()], "lr": rate} for kind, rate in rates.items()]
         self.optimizer = _OPTIMIZERS[optimizer](groups) if self.student else None
         self._base = {name: value for name, value in model.named_parameters() if ".folklora_" not in name}
@@ -257,12 +255,19 @@ def _of_kind(values: Mapping[str, Any], kind: str) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name.startswith(kind)}
 
 
-def _check_settings(settings: Mapping[str, Any]) -> None:
-    for kind, decay in settings["decays"].items():
+def check_options(optimizer: str, decays: Mapping[str, float], restore: float) -> None:
+    """Refuse what no method takes; for those that change a model before they are made, to be called first.
+
+    Raises:
+        ValueError: There is no such optimizer, or a decay or probability is not from 0 to 1.
+    """
+    if optimizer not in _OPTIMIZERS:
+        raise ValueError(f"optimizer must be one of {', '.join(_OPTIMIZERS)}, not {optimizer!r}")
+    for kind, decay in decays.items():
         if not 0 <= decay <= 1:
             raise ValueError(f"the decay of the teacher ({kind}) must be from 0 to 1, not {decay}")
-    if not 0 <= settings["restore"] <= 1:
-        raise ValueError(f"restore, a probability, must be from 0 to 1, not {settings['restore']}")
+    if not 0 <= restore <= 1:
+        raise ValueError(f"restore, a probability, must be from 0 to 1, not {restore}")
 
 
 def _optimizer_tensors(optimizer: torch.optim.Optimizer | None, names: Sequence[str]) -> dict[str, Tensor]:

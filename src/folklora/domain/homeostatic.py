@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from folklora.adapters.host.layer import updates_of
 from folklora.adapters.vida import ViDA, scaled
-from folklora.domain.adaptation import ContinualTestTimeAdaptation, changes_of, consistency
+from folklora.domain.adaptation import ContinualTestTimeAdaptation, changes_of, check_options, consistency
 from folklora.domain.augmentations import augmented
 
 _TEACHER = "teacher"
@@ -98,21 +98,20 @@ class HomeostaticAdaptation(ContinualTestTimeAdaptation):
             "threshold": threshold, "factor": factor, "views": views, "allotment": allotment,
             "per_sample": per_sample, "symmetric": symmetric,
         }  # fmt: skip
-        _check_settings(settings)
-        model, self.name = _with_adapter(model, adapter)
-        _add_teacher(model, self.name)
-        student, rates, decays = _parameters(model, self.name), {"adapter.": lr}, {"adapter.": decay}
+        rates, decays = {"adapter.": lr}, {"adapter.": decay}
         if base_lr is not None:
-            student |= changes_of(model)
             rates["base."], decays["base."] = base_lr, base_decay
+        _check_settings(settings)
+        check_options(optimizer, decays, restore)
+        model, self.name = _with_student_and_teacher(model, adapter)
+        student = _parameters(model, self.name) | (changes_of(model) if "base." in rates else {})
         super().__init__(
             model, student, rates=rates, optimizer=optimizer, decays=decays, restore=restore, mean=mean, std=std,
             seed=seed, settings=settings,
         )  # fmt: skip
         # the teacher's adapter itself is what is averaged
         self.teacher |= _parameters(model, _TEACHER)
-        self.view = view
-        self.uncertainty: Tensor | None = None
+        self.view, self.uncertainty = view, torch.zeros(())
         self.counts |= {"above": 0, "below": 0}
         self._rest()
 
@@ -148,6 +147,7 @@ class HomeostaticAdaptation(ContinualTestTimeAdaptation):
 
     def _rest(self) -> None:
         self.model.set_adapter(_TEACHER, inference_mode=True)
+        # PEFT freezes an adapter that is not active, and no gradient could be taken of it
         for name, value in self.student.items():
             if name.startswith("adapter."):
                 value.requires_grad_(True)
@@ -176,7 +176,20 @@ def _check_settings(settings: dict[str, object]) -> None:
         raise ValueError(f"views must be at least 2, for a variance, not {settings['views']}")
 
 
-def _with_adapter(model: nn.Module, adapter: ViDA | None) -> tuple[PeftModel, str]:
+def _with_student_and_teacher(model: nn.Module, adapter: ViDA | None) -> tuple[PeftModel, str]:
+    """The model with a ViDA adapter and its teacher, and the name of the first."""
+    model, name = _with_student(model, adapter)
+    if _TEACHER in model.peft_config:
+        raise ValueError(f"the model has an adapter '{_TEACHER}' already: delete_adapter('{_TEACHER}') first")
+    model.add_adapter(_TEACHER, copy.deepcopy(model.peft_config[name]).changed(inference_mode=False))
+    teacher = _parameters(model, _TEACHER)
+    with torch.no_grad():
+        for key, value in _parameters(model, name).items():
+            teacher[key].copy_(value)
+    return model, name
+
+
+def _with_student(model: nn.Module, adapter: ViDA | None) -> tuple[PeftModel, str]:
     """The model with a ViDA adapter, and that adapter's name."""
     if not isinstance(model, PeftModel):
         adapter = ViDA() if adapter is None else adapter
@@ -195,18 +208,6 @@ def _with_adapter(model: nn.Module, adapter: ViDA | None) -> tuple[PeftModel, st
             "adapted: put their values into the classifier itself, and leave modules_to_save out"
         )
     return model, name
-
-
-@torch.no_grad()
-def _add_teacher(model: PeftModel, name: str) -> None:
-    """A second adapter with the values of the one called `name`."""
-    if _TEACHER in model.peft_config:
-        raise ValueError(f"the model has an adapter '{_TEACHER}' already: delete_adapter('{_TEACHER}') first")
-    model.add_adapter(_TEACHER, copy.deepcopy(model.peft_config[name]).changed(inference_mode=False))
-    model.set_adapter(name)
-    teacher = _parameters(model, _TEACHER)
-    for key, value in _parameters(model, name).items():
-        teacher[key].copy_(value)
 
 
 def _parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
