@@ -94,25 +94,22 @@ class HomeostaticAdaptation(ContinualTestTimeAdaptation):
         std: Sequence[float] | float = 0.5,
         seed: int = 0,
     ) -> None:
-        settings = {
-            "threshold": threshold, "factor": factor, "views": views, "allotment": allotment,
-            "per_sample": per_sample, "symmetric": symmetric,
-        }  # fmt: skip
-        rates, decays = {"adapter.": lr}, {"adapter.": decay}
-        if base_lr is not None:
-            rates["base."], decays["base."] = base_lr, base_decay
+        settings = {"threshold": threshold, "factor": factor, "views": views}
+        settings |= {"allotment": allotment, "per_sample": per_sample, "symmetric": symmetric}
         _check_settings(settings)
+        trains_base = base_lr is not None
+        rates = {"adapter.": lr} | ({"base.": base_lr} if trains_base else {})
+        decays = {"adapter.": decay} | ({"base.": base_decay} if trains_base else {})
         check_options(optimizer, decays, restore)
         model, self.name = _with_student_and_teacher(model, adapter)
-        student = _parameters(model, self.name) | (changes_of(model) if "base." in rates else {})
+        student = _parameters(model, self.name) | (changes_of(model) if trains_base else {})
         super().__init__(
             model, student, rates=rates, optimizer=optimizer, decays=decays, restore=restore, mean=mean, std=std,
             seed=seed, settings=settings,
         )  # fmt: skip
         # the teacher's adapter itself is what is averaged
         self.teacher |= _parameters(model, _TEACHER)
-        self.view, self.uncertainty = view, torch.zeros(())
-        self.counts |= {"above": 0, "below": 0}
+        self.view, self.uncertainty, self.counts = view, torch.zeros(()), self.counts | {"above": 0, "below": 0}
         self._rest()
 
     def adapt(self, images: Tensor) -> tuple[Tensor, Tensor]:
