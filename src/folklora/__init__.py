@@ -26,6 +26,7 @@ from folklora.adapters import (
     SoMA,
     SVFit,
     Update,
+    ViDA,
     VLAdapter,
 )
 from folklora.adapters.am_lora import add_task
@@ -40,6 +41,7 @@ from folklora.adapters.schedules import anneal_weight_decay, cosine_weight_decay
 from folklora.adapters.statistics import Statistics
 from folklora.adapters.vision import VisionLanguageModel
 from folklora.adapters.vl_adapter import use_task
+from folklora.domain import HomeostaticAdaptation
 from folklora.factored import Factors, concatenate, factored_linear
 from folklora.methods import methods
 from folklora.prompts import host as _prompts
@@ -76,6 +78,7 @@ __all__ = [
     "Example",
     "Factors",
     "GenerativeAdapter",
+    "HomeostaticAdaptation",
     "KaSA",
     "LoRA",
     "LoRASB",
@@ -91,6 +94,7 @@ __all__ = [
     "TrainSettings",
     "Update",
     "VLAdapter",
+    "ViDA",
     "VisionLanguageModel",
     "Written",
     "activation_penalty",

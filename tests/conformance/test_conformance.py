@@ -27,6 +27,7 @@ from folklora import (
     RandLoRA,
     SMoRA,
     SVFit,
+    ViDA,
     VLAdapter,
     check,
     methods,
@@ -131,6 +132,9 @@ VARIANTS = {
         r=3, alpha=7, dropout=0.3, peak_learning_rate=0.03, reduction="sum", target_modules="all-linear"
     ),
     "svfit by energy": SVFit(energy=0.9, energy_of="s", target_modules=["embed_tokens", "lm_head", *TARGETS]),
+    "vida from another start": ViDA(
+        r=5, low_rank=2, start="kaiming", dropout=0.3, target_modules="all-linear", rank_pattern={"k_proj": 3}
+    ),
     "vl-adapter as compacter": VLAdapter(form="compacter", factor_rank=1, z_penalty=0.1, target_modules="all-linear"),
     "vl-adapter as hyperformer": VLAdapter(
         form="hyperformer", embedding_size=9, hyper_hidden=7, projected_size=4, target_modules=["o_proj", "down_proj"]

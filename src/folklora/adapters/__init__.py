@@ -21,6 +21,7 @@ from folklora.adapters.smora import SMoRA
 from folklora.adapters.soma import SoMA
 from folklora.adapters.sorsa import SORSA
 from folklora.adapters.svfit import SVFit
+from folklora.adapters.vida import ViDA
 from folklora.adapters.vl_adapter import VLAdapter
 
 __all__ = [
@@ -47,4 +48,5 @@ __all__ = [
     "SoMA",
     "Update",
     "VLAdapter",
+    "ViDA",
 ]

@@ -73,6 +73,11 @@ class StackUpdate(Update):
         """The method's own update of the weight `name`."""
         return self.get_submodule(child_name(name))
 
+    def placed(self, layer: Any, adapter_name: str) -> None:
+        """Each stack's own: it may have to know what a call is told."""
+        for name in self.names:
+            self.get_submodule(name).placed(layer, adapter_name)
+
     def pair(self, name: str, corrects: bool = True) -> tuple[Tensor, Tensor]:
         """The factors A [matrices, r, in] and B [matrices, out, r] of a stack, s folded into B.
 
