@@ -1,4 +1,4 @@
-"""Merging adapters as factors: the same as merging their dense updates, in float64 and float32, without building one."""
+"""Merging adapters as factors: the same as merging their dense updates, in float64 and float32, with none built."""
 
 from __future__ import annotations
 
