@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from folklora.merge import PerTask, average, emr, fisher, slerp, task_arithmetic, ties, tsv_m
+from folklora.merge.deltas import deltas
 from folklora.methods import Method, find, methods
 
 EVERY = methods("merge")
@@ -129,6 +130,23 @@ def test_one_value_stands_for_every_model(normal, around):
 def test_what_cannot_be_is_refused(call, expected, normal):
     with pytest.raises(ValueError, match=expected):
         call(normal(3, 4), normal(3, 4, seed=1))
+
+
+def test_task_vectors_are_made_when_they_are_read(normal, around):
+    base = normal(5, 4)
+    models, read = around(base, 4), []
+
+    class Models(list):
+        def __getitem__(self, index):
+            read.append(index)
+            return super().__getitem__(index)
+
+    changes = deltas(Models(models), base)
+    assert len(changes[1:]) == 3
+    assert not read, "a merge of many models holds one task vector at a time"
+    assert torch.equal(changes[1:][::2][1], models[3] - base)
+    assert read == [3]
+    assert [torch.equal(change, model - base) for change, model in zip(changes, models, strict=True)] == [True] * 4
 
 
 def test_a_statistic_is_cast_and_decides_the_precision(normal):

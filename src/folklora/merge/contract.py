@@ -37,6 +37,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from folklora.merge.deltas import Lazy
+
 Merge = TypeVar("Merge", bound=Callable[..., Any])
 
 
@@ -139,4 +141,4 @@ def _cast(method: str, name: str, value: Any, kind: Any, count: int, dtype: torc
         values *= count
     if len(values) != count:
         raise ValueError(f"{method} needs one {name} a model: there are {count} models, but {len(values)} values")
-    return [tensor.to(dtype) for tensor in values] if kind == Sequence[Tensor] else values
+    return Lazy(lambda index: values[index].to(dtype), count) if kind == Sequence[Tensor] else values

@@ -2,15 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 
-def deltas(models: Sequence[Tensor], base: Tensor) -> list[Tensor]:
-    """The task vectors τ_t = θ_t - θ_0."""
-    return [model - base for model in models]
+class Lazy(Sequence[Tensor]):
+    """Tensors that are computed as they are read: going through them holds one at a time.
+
+    Args:
+        compute: Gives the tensor of an index.
+        count: How many there are.
+    """
+
+    def __init__(self, compute: Callable[[int], Tensor], count: int) -> None:
+        self._compute, self._indices = compute, range(count)
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, index: Any) -> Any:
+        chosen = self._indices[index]
+        if isinstance(chosen, int):
+            return self._compute(chosen)
+        return Lazy(lambda i: self._compute(chosen[i]), len(chosen))
+
+
+def deltas(models: Sequence[Tensor], base: Tensor) -> Sequence[Tensor]:
+    """The task vectors τ_t = θ_t - θ_0, computed as they are read."""
+    return Lazy(lambda index: models[index] - base, len(models))
 
 
 def weighted_sum(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:

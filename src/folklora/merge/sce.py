@@ -9,7 +9,7 @@ from torch import Tensor
 
 from folklora.merge.consensus import disjoint, elected
 from folklora.merge.contract import merging
-from folklora.merge.deltas import deltas
+from folklora.merge.deltas import Lazy, deltas, mean
 from folklora.merge.sparsify import largest
 
 
@@ -53,10 +53,11 @@ def sce(models: Sequence[Tensor], base: Tensor, *, select_topk: float = 1.0) -> 
     """
     changes = deltas(models, base)
     if select_topk < 1:
-        variance = torch.stack(changes).var(0, unbiased=False)
+        middle = mean(changes)
+        variance = mean(Lazy(lambda t: (changes[t] - middle).square(), len(models)))
         count = int(select_topk * int(torch.count_nonzero(variance)))
-        chosen = largest(variance, count)
-        changes = [change * chosen for change in changes]
+        chosen, every = largest(variance, count), changes
+        changes = Lazy(lambda t: every[t] * chosen, len(models))
     energies = [float(change.square().sum(dtype=torch.float64)) for change in changes]
     total = sum(energies)
     weights = [energy / total if total else 1 / len(models) for energy in energies]

@@ -83,7 +83,7 @@ def tsv_c(models: Sequence[Tensor], base: Tensor, *, rank: int | None = None) ->
     """
     changes = deltas(models, base)
     if base.dim() != 2 or not base.numel():
-        return LowRank(base, torch.stack(changes))
+        return LowRank(base, torch.stack(list(changes)))
     most = min(base.shape)
     count = max(1, min(most, most // len(models) if rank is None else rank))
     parts = [top(change, count, dtype=base.dtype) for change in changes]
