@@ -6,9 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from folklora.merge import consensus, emr, tall, task_arithmetic, tsv_c
+from folklora.merge import common_scale, consensus, emr, tall, task_arithmetic, tsv_c
 from folklora.merge.bits import pack, unpack
-from folklora.merge.emr import common_scale
 
 CLOSE = {"rtol": 0, "atol": 1e-6}
 

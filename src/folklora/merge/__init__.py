@@ -1,11 +1,14 @@
-"""Many models into one: a method is a function of the tensors of one name; `contract.py` says what of."""
+"""Many models into one: a method is a function of the tensors of one name; `contract.py` says what of.
+
+`folklora.merge.factors` merges adapters in LoRA's form without building their dense updates.
+"""
 
 from folklora.merge.average import average
 from folklora.merge.breadcrumbs import breadcrumbs, breadcrumbs_ties
 from folklora.merge.contract import PerTask
 from folklora.merge.dare import dare_linear, dare_ties
 from folklora.merge.della import della, della_linear
-from folklora.merge.emr import emr
+from folklora.merge.emr import common_scale, emr
 from folklora.merge.fisher import fisher
 from folklora.merge.iso_c import iso_c
 from folklora.merge.karcher import karcher
@@ -30,6 +33,7 @@ __all__ = [
     "average",
     "breadcrumbs",
     "breadcrumbs_ties",
+    "common_scale",
     "consensus",
     "dare_linear",
     "dare_ties",
