@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from folklora.merge.consensus import united
 from folklora.merge.contract import merging
 from folklora.merge.deltas import deltas, mixed
+from folklora.merge.election import united
 from folklora.merge.sparsify import Rescale, random
 
 

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from folklora.merge.consensus import disjoint, elected
 from folklora.merge.contract import merging
 from folklora.merge.deltas import Lazy, deltas, mean
+from folklora.merge.election import disjoint, elected
 from folklora.merge.sparsify import largest
 
 

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from folklora.merge.consensus import united
 from folklora.merge.contract import merging
 from folklora.merge.deltas import deltas
+from folklora.merge.election import united
 from folklora.merge.sparsify import magnitude
 
 
