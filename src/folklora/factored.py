@@ -99,10 +99,22 @@ class Factors:
             return Factors(torch.eye(columns).to(whole), 1.0, whole)
         return Factors(whole, 1.0, torch.eye(out).to(whole))
 
-    def truncate(self, rank: int) -> Factors:
-        """The best approximation of ΔW of a lower rank, without building ΔW.
+    def svd(self) -> tuple[Tensor, Tensor, Tensor]:
+        """U [out, t], S [t] descending and Vᵀ [t, in] of ΔW in float64, t = min(r, out, in), without building ΔW.
 
         B diag(s) = Q_b R_b and Aᵀ = Q_a R_a, then the singular value decomposition of the small matrix R_b R_aᵀ.
+
+        Raises:
+            ValueError: s depends on the input.
+        """
+        self._refuse_gate("decomposition")
+        q_b, r_b = torch.linalg.qr((self.B * self.s).double())
+        q_a, r_a = torch.linalg.qr(self.A.double().T)
+        u, s, vh = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
+        return q_b @ u, s, vh @ q_a.T
+
+    def truncate(self, rank: int) -> Factors:
+        """The best approximation of ΔW of a lower rank, without building ΔW.
 
         Args:
             rank: The rank to keep; at least 1. `self.rank` or more returns the factors unchanged; the result's
@@ -116,11 +128,8 @@ class Factors:
             raise ValueError(f"cannot truncate to rank {rank}: the rank must be at least 1")
         if rank >= self.rank:
             return self
-        q_b, r_b = torch.linalg.qr((self.B * self.s).double())
-        q_a, r_a = torch.linalg.qr(self.A.double().T)
-        u, s, vh = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
-        B, A = q_b @ u[:, :rank], vh[:rank] @ q_a.T
-        return Factors(A.to(self.A), s[:rank].to(self.A), B.to(self.B))
+        U, S, Vh = self.svd()
+        return Factors(Vh[:rank].to(self.A), S[:rank].to(self.A), U[:, :rank].to(self.B))
 
     def _refuse_gate(self, what: str) -> None:
         if self.gated:

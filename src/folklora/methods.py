@@ -5,12 +5,14 @@ from __future__ import annotations
 import difflib
 import importlib
 import importlib.metadata
+import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from folklora.adapters.base import AdapterConfig
 
-_ROOMS = ("adapters", "continual")
+_ROOMS = ("adapters", "continual", "merge")
 
 
 @dataclass(frozen=True)
@@ -22,21 +24,21 @@ class Method:
         room: Where it lives.
         paper: Its source.
         trains: What it trains.
-        factory: The class that holds its options.
+        factory: The class that holds its options, or the function whose signature they are.
     """
 
     name: str
     room: str
     paper: str
     trains: str
-    factory: type
+    factory: type | Callable[..., Any]
 
 
 def methods(room: str | None = None) -> list[Method]:
     """Every method that is installed, by room and name.
 
-    A method is a class with `method`, `paper` and `trains` that its room's package exports, or that an installed
-    package names in the entry point group `folklora.methods`.
+    A method is a class with `method`, `paper` and `trains`, or a function with `paper` and `trains` (merging), that
+    its room's package exports, or that an installed package names in the entry point group `folklora.methods`.
 
     Args:
         room: Only this room's.
@@ -47,7 +49,7 @@ def methods(room: str | None = None) -> list[Method]:
         found += [_row(getattr(module, key), name) for key in module.__all__ if _is_method(getattr(module, key))]
     for entry in importlib.metadata.entry_points(group="folklora.methods"):
         factory = entry.load()
-        found.append(_row(factory, "adapters" if issubclass(factory, AdapterConfig) else "continual"))
+        found.append(_row(factory, _room(factory)))
     return sorted((m for m in found if room in (None, m.room)), key=lambda m: (_order(m.room), m.name))
 
 
@@ -75,14 +77,23 @@ def find(name: str, room: str | None = None) -> Method:
 
 
 def _is_method(candidate: Any) -> bool:
-    return isinstance(candidate, type) and bool(getattr(candidate, "paper", "")) and bool(_name(candidate))
+    kind = isinstance(candidate, type) or inspect.isfunction(candidate)
+    return kind and bool(getattr(candidate, "paper", "")) and bool(_name(candidate))
 
 
-def _name(factory: type) -> str:
+def _name(factory: Any) -> str:
+    if inspect.isfunction(factory):
+        return factory.__name__.replace("_", "-")
     return getattr(factory, "method", "") or ""
 
 
-def _row(factory: type, room: str) -> Method:
+def _room(factory: Any) -> str:
+    if inspect.isfunction(factory):
+        return "merge"
+    return "adapters" if issubclass(factory, AdapterConfig) else "continual"
+
+
+def _row(factory: Any, room: str) -> Method:
     return Method(_name(factory), room, factory.paper, factory.trains, factory)
 
 
