@@ -1,0 +1,385 @@
+"""A merge from configuration to folder: planned, shared out, computed, written, and gone on with after a kill."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from folklora.merge.engine.card import layers_key, write_beside
+from folklora.merge.engine.checkpoints import TYPES, Writer, create, read_header, read_tensor, recorded, write_index
+from folklora.merge.engine.config import MergeConfig, Reference, parse, read_config
+from folklora.merge.engine.models import Model, open_models
+from folklora.merge.engine.plan import Plan, Step, Take, make_plan
+from folklora.merge.engine.schema import Schema, schema_of
+from folklora.merge.engine.vocabulary import Vocabulary, arranged, common_vocabulary
+from folklora.stream.files import read_json, replace_folder, write_json
+
+Progress = Callable[..., None]
+STATE, BEGUN = "state.json", "begun.json"
+_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
+_POLL_SECONDS = 0.2
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """A merge that is planned.
+
+    Args:
+        config: What was asked for.
+        schema: The method.
+        models: The inputs.
+        plan: What is to be done.
+        vocabulary: The merged one, where it is not the models' own.
+        seed: Of everything drawn.
+        max_shard_size: The most that one file may hold.
+    """
+
+    config: MergeConfig
+    schema: Schema
+    models: Mapping[Reference, Model]
+    plan: Plan
+    vocabulary: Vocabulary | None
+    seed: int
+    max_shard_size: str | int
+
+    def state(self) -> dict[str, Any]:
+        """What a process needs to go on with it, and a digest of the plan and of the inputs' files."""
+        steps = [repr(step) for step in self.plan.steps]
+        files = [path for model in self.models.values() for path in model.files()]
+        files += [Path(file) for step in self.plan.steps for named in step.statistics.values() for file in named]
+        stamps = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in dict.fromkeys(files)]
+        shards = [shard.file for shard in self.plan.shards]
+        rows = [] if self.vocabulary is None else [rows.tolist() for rows in self.vocabulary.rows.values()]
+        text = json.dumps([self.schema.name, self.seed, steps, shards, stamps, rows])
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        settings = {"seed": self.seed, "max_shard_size": self.max_shard_size}
+        return {"config": self.config.text, "settings": settings, "digest": digest}
+
+
+def merge_models(
+    config: str | Path | Mapping[str, Any],
+    out: str | Path,
+    *,
+    device: str = "cpu",
+    workers: int = 1,
+    max_shard_size: str | int = "5GB",
+    seed: int = 0,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Path:
+    """Merge models on disk into one, a tensor at a time.
+
+    Memory holds the tensors of one name, of each model, and what is computed from them. The folder appears when it is
+    whole; a merge that was killed goes on where it was when it is called again in the same way.
+
+    Args:
+        config: A YAML file of mergekit's form, or its content.
+        out: The folder to write: weights, configuration, tokenizer and a model card.
+        device: Where each tensor's arithmetic runs, such as "cuda".
+        workers: How many processes share the tensors; under torchrun, its processes do.
+        max_shard_size: The most that one file holds, such as "5GB".
+        seed: Of everything drawn; the result depends on it alone, not on order, files or processes.
+        overwrite: Replace a folder at `out`, or an unfinished merge of another configuration.
+        progress: Called with "plan", then "tensors" each time that some were written, and keyword arguments.
+
+    Returns:
+        The folder.
+
+    Raises:
+        FileNotFoundError: A model or file is not there.
+        FileExistsError: `out` is there, or an unfinished merge of another configuration is.
+        ValueError: The configuration or a model is wrong; nothing has been written. Or a tensor holds NaN.
+        OSError: The disk is full or refuses; the same call goes on afterwards.
+    """
+    out = Path(out)
+    if workers < 1:
+        raise ValueError(f"workers must be at least 1, not {workers}")
+    job = prepare(read_config(config), seed=seed, max_shard_size=max_shard_size)
+    _check_out(out, job, overwrite)
+    team = _torchrun(device)
+    work = out.parent / f".{out.name}.merging"
+    if team is None or team.is_main_process:
+        _begin(job, work, overwrite)
+    _together(team)
+    done = recorded(work)
+    _together(team)
+    tell = _teller(job.plan, work, progress if team is None or team.is_main_process else None)
+    tell(())
+    try:
+        if team is None and workers > 1:
+            write_json(work / BEGUN, sorted(done))
+            _in_processes(work, workers, device, tell)
+        else:
+            rank, count = (0, 1) if team is None else (team.process_index, team.num_processes)
+            do_share(job, work, done, rank, count, device, tell)
+    except ValueError:
+        # what is wrong with an input's values is wrong with all that was made of it
+        if team is None:
+            shutil.rmtree(work)
+        raise
+    _together(team)
+    if team is None or team.is_main_process:
+        _finish(job, work, out)
+    _together(team)
+    return out
+
+
+def prepare(config: MergeConfig, *, seed: int = 0, max_shard_size: str | int = "5GB") -> Job:
+    """Open the models, check that they fit together and plan the merge; nothing is written.
+
+    Raises:
+        FileNotFoundError: A model or file is not there.
+        ValueError: The configuration is wrong, or the models do not fit together.
+    """
+    schema = schema_of(config.method)
+    largest = _bytes(max_shard_size)
+    models = open_models(config.models(), config.base)
+    donor = models[config.base or config.slices[0].sources[0].model]
+    _check_alike(donor, models)
+    if config.sliced:
+        layers_key(donor.config)
+    rows = None
+    folders = {reference: model.folder for reference, model in models.items()}
+    vocabulary = common_vocabulary(config, folders, donor.reference, _rows_of_embeddings(config, models))
+    if vocabulary is not None:
+        rows = vocabulary.size
+    layouts = {reference: model.layout for reference, model in models.items()}
+    plan = make_plan(config, schema, layouts, donor.architecture, rows=rows, largest=largest)
+    _check_statistics(plan, models)
+    return Job(config, schema, models, plan, vocabulary, seed, max_shard_size)
+
+
+def resume(work: Path) -> Job:
+    """The job of a folder that is being worked on.
+
+    Raises:
+        ValueError: Its inputs have changed since.
+    """
+    state = read_json(work / STATE)
+    job = prepare(parse(yaml.safe_load(state["config"]), "the configuration", state["config"]), **state["settings"])
+    if job.state() != state:
+        raise ValueError(f"the inputs of the merge in {work} have changed since it began")
+    return job
+
+
+def do_share(
+    job: Job,
+    work: Path,
+    done: set[str],
+    rank: int,
+    processes: int,
+    device: str,
+    tell: Callable[[Iterable[str]], None] | None = None,
+) -> None:
+    """Compute and write one process's share of the tensors.
+
+    Args:
+        job: The merge.
+        work: The folder that is worked on.
+        done: What was written before.
+        rank: Of this process.
+        processes: How many there are.
+        device: Where to compute.
+        tell: Called with the names that are safely on the disk.
+    """
+    place = torch.device(device)
+    if place.type == "cuda" and place.index is None:
+        place = torch.device("cuda", rank % torch.cuda.device_count())
+    with Writer(work, job.plan.shards, rank, tell) as writer:
+        for step in job.plan.share(done, rank, processes):
+            writer.put(step.name, compute(job, step, place))
+
+
+@torch.no_grad()
+def compute(job: Job, step: Step, device: torch.device) -> Tensor:
+    """One merged tensor on the CPU, in the type in which it is stored.
+
+    Raises:
+        ValueError: An input holds NaN, or the result is not finite.
+    """
+    if step.copied:
+        return job.models[step.models[0].model].read(step.models[0].key)
+    read = {take: _read(job, take, device) for take in step.takes()}
+    if step.by_token:
+        matrices = {take.model: tensor.float() for take, tensor in read.items()}
+        ordered = arranged(matrices, job.vocabulary.rows, job.plan.donor)
+        read = {take: ordered[take.model] for take in read}
+    arguments: dict[str, Any] = {**step.options}
+    for argument, files in step.statistics.items():
+        pairs = zip(step.models, files, strict=True)
+        arguments[argument] = [read_tensor(Path(file), _statistic(job, take)).to(device) for take, file in pairs]
+    if job.schema.generator is not None:
+        arguments[job.schema.generator] = [_generator(job.seed, step.name, take.model) for take in step.models]
+    base = None if step.base is None else read[step.base]
+    merged = job.schema.function([read[take] for take in step.models], base, **arguments)
+    merged = merged.to("cpu", TYPES[step.form.dtype])
+    if not torch.isfinite(merged).all():
+        raise ValueError(f"{step.name}: {job.schema.name} gives values that are not finite in {merged.dtype}")
+    return merged
+
+
+def _read(job: Job, take: Take, device: torch.device) -> Tensor:
+    tensor = job.models[take.model].read(take.key).to(device)
+    # a sum is finite unless an element is not, or it overflows; and it needs no memory
+    if not torch.isfinite(tensor.sum(dtype=torch.float32)) and bool(tensor.isnan().any()):
+        raise ValueError(f"{take.model}: {take.key} holds NaN; the merge was stopped and nothing is left of it")
+    return tensor
+
+
+def _generator(seed: int, name: str, model: Reference) -> torch.Generator:
+    digest = hashlib.sha256(json.dumps([seed, name, str(model)]).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def _statistic(job: Job, take: Take) -> str:
+    return job.models[take.model].layout.names[take.key]
+
+
+def _check_statistics(plan: Plan, models: Mapping[Reference, Model]) -> None:
+    headers: dict[str, Mapping[str, Any]] = {}
+    for step in plan.steps:
+        for argument, files in step.statistics.items():
+            for take, file in zip(step.models, files, strict=True):
+                if file not in headers:
+                    headers[file] = read_header(Path(file))
+                name = models[take.model].layout.names[take.key]
+                if name not in headers[file]:
+                    raise ValueError(f"{file} holds no {argument} for {name}")
+
+
+def _check_alike(donor: Model, models: Mapping[Reference, Model]) -> None:
+    """Refuse models of different classes."""
+
+    def kind(model: Model) -> str:
+        return (model.config.get("architectures") or [model.config.get("model_type", "no architecture")])[0]
+
+    others = [f"{kind(model)} in {reference}" for reference, model in models.items() if kind(model) != kind(donor)]
+    if others:
+        raise ValueError(f"the models are of different classes: {kind(donor)} in {donor.reference}, {others[0]}")
+    for reference, model in models.items():
+        if model.architecture.tied != donor.architecture.tied:
+            tied, untied = (donor.reference, reference) if donor.architecture.tied else (reference, donor.reference)
+            raise ValueError(f"{tied} shares weights between its embeddings and its head, and {untied} does not")
+
+
+def _rows_of_embeddings(config: MergeConfig, models: Mapping[Reference, Model]) -> dict[Reference, int]:
+    sizes = {}
+    for reference, model in models.items():
+        found = [model.layout.forms[key].shape[0] for key in model.architecture.embeddings if key in model.layout.forms]
+        if not found and config.tokenizer is not None:
+            raise ValueError(f"{reference}: its embeddings were not found, so tokenizer_source cannot arrange them")
+        sizes[reference] = found[0] if found else 0
+    return sizes
+
+
+def _check_out(out: Path, job: Job, overwrite: bool) -> None:
+    for reference, model in job.models.items():
+        folders = [model.folder, *([model.adapter_folder] if model.adapter_folder else [])]
+        if any(out.resolve() in (folder.resolve(), *folder.resolve().parents) for folder in folders):
+            raise ValueError(f"{out} holds the input {reference}; choose another folder")
+    if out.exists() and not overwrite:
+        raise FileExistsError(f"{out} is there already; choose another folder, or pass --overwrite to replace it")
+
+
+def _begin(job: Job, work: Path, overwrite: bool) -> None:
+    state = job.state()
+    if work.exists():
+        known = read_json(work / STATE) if (work / STATE).is_file() else None
+        if known == state:
+            create(work, job.plan.shards)
+            return
+        if known is not None and not overwrite:
+            raise FileExistsError(
+                f"an unfinished merge of another configuration, or of inputs that have changed since, is in {work}; "
+                "finish it with its own, or pass --overwrite to start anew"
+            )
+        shutil.rmtree(work)
+    work.mkdir(parents=True)
+    create(work, job.plan.shards)
+    # last: what has a state has all its files
+    write_json(work / STATE, state)
+
+
+def _finish(job: Job, work: Path, out: Path) -> None:
+    lacking = {step.name for step in job.plan.steps} - recorded(work)
+    if lacking:
+        raise RuntimeError(f"{len(lacking)} tensors were not written, such as {min(lacking)}")
+    write_index(work, job.plan.shards)
+    write_beside(work, job.config, job.schema, job.plan, job.models, job.vocabulary)
+    for path in [work / STATE, work / BEGUN, *work.glob("done-*.txt"), *work.glob("error-*.json")]:
+        path.unlink(missing_ok=True)
+    replace_folder(work, out)
+
+
+def _teller(plan: Plan, work: Path, progress: Progress | None) -> Callable[[Iterable[str]], None]:
+    sizes = {step.name: step.form.bytes for step in plan.steps}
+    if progress is not None:
+        progress("plan", tensors=len(sizes), bytes=plan.bytes, files=len(plan.shards))
+
+    def tell(names: Iterable[str]) -> None:
+        if progress is not None:
+            written = recorded(work).intersection(sizes)
+            progress("tensors", tensors=len(written), bytes=sum(sizes[name] for name in written))
+
+    return tell
+
+
+def _in_processes(work: Path, count: int, device: str, tell: Callable[[Iterable[str]], None]) -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // count))}
+    words = [sys.executable, "-m", "folklora.merge.engine.worker", str(work), device, str(count)]
+    for path in work.glob("error-*.json"):
+        path.unlink()
+    running = [subprocess.Popen([*words, str(rank)], env=environment) for rank in range(count)]
+    try:
+        while any(process.poll() is None for process in running):
+            if any(process.returncode for process in running):
+                break
+            time.sleep(_POLL_SECONDS)
+            tell(())
+    finally:
+        for process in running:
+            process.kill()
+            process.wait()
+    tell(())
+    for path in sorted(work.glob("error-*.json")):
+        error = read_json(path)
+        raise (ValueError if error["kind"] == "ValueError" else OSError)(error["message"])
+    failed = [process.returncode for process in running if process.returncode]
+    if failed:
+        raise OSError(f"a worker ended with code {failed[0]}; the same command goes on where the merge was")
+
+
+def _torchrun(device: str) -> Any:
+    """What torchrun's processes share; None outside of it."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return None
+    from accelerate import PartialState
+
+    return PartialState(cpu=not device.startswith("cuda"))
+
+
+def _together(team: Any) -> None:
+    if team is not None:
+        team.wait_for_everyone()
+
+
+def _bytes(size: str | int) -> int:
+    text = str(size).strip().upper()
+    unit = _UNITS.get(text[-2:], 1)
+    number = text.removesuffix(text[-2:]).strip() if unit > 1 else text
+    if not number.isdigit() or int(number) < 1:
+        raise ValueError(f"a file's largest size is written such as 5GB or 500MB, not {size!r}")
+    return int(number) * unit
