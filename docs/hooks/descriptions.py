@@ -1,10 +1,11 @@
-"""What there is to say about each method, read from its class: docstring, fields, class variables, exceptions."""
+"""What there is to say about each method, read from its class or function: docstring, options, paper, exceptions."""
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from folklora.methods import Method, methods
 SECTIONS = ("Source", "When to choose", "Equation", "Example", "Args")
 _HEADER = re.compile(rf"^({'|'.join(SECTIONS)}):[ ]*(.*)$")
 _ENTRY = re.compile(r"^(\w+): (.*)$")
+Factory = type | Callable[..., Any]
 
 
 @dataclass(frozen=True)
@@ -51,11 +53,11 @@ def own_methods() -> list[Method]:
     return [method for method in methods() if method.factory.__module__.startswith("folklora.")]
 
 
-def sections(factory: type) -> dict[str, str]:
+def sections(factory: Factory) -> dict[str, str]:
     """A docstring's parts: "summary" (its first paragraph), "body", and those of `SECTIONS`, without indentation.
 
     Raises:
-        ValueError: One is missing, empty, or not in its place.
+        ValueError: One is missing, empty, or not in its place; without options, `Args:` is empty.
     """
     summary, _, rest = inspect.cleandoc(factory.__doc__ or "").partition("\n\n")
     parts: dict[str, list[str]] = {"body": []}
@@ -67,7 +69,7 @@ def sections(factory: type) -> dict[str, str]:
             parts[here] = []
         parts[here].append(line)
     found = {"summary": summary} | {name: inspect.cleandoc("\n".join(lines)) for name, lines in parts.items()}
-    if [*found] != ["summary", "body", *SECTIONS] or not all(found[name] for name in SECTIONS):
+    if [*found] != ["summary", "body", *SECTIONS] or not all(found[name] for name in _filled(factory)):
         there = ", ".join(name for name in found if found[name])
         raise ValueError(
             f"the docstring of {factory.__name__} must have a summary, a body and then {', '.join(SECTIONS)}, in "
@@ -89,17 +91,19 @@ def arguments(docstring: str | None) -> dict[str, str]:
     return found
 
 
-def own_fields(factory: type) -> list[str]:
+def own_fields(factory: Factory) -> list[str]:
     """The options that a class declares itself or inherits from another method: not those that all adapters share.
 
-    A shared one that the class gives another default is its own.
+    A shared one that the class gives another default is its own. A function's are its keyword-only arguments.
     """
+    if inspect.isfunction(factory):
+        return list(_defaults(factory))
     shared = set(AdapterConfig.__mro__) if issubclass(factory, AdapterConfig) else set()
     declared = {name for owner in factory.__mro__ if owner not in shared for name in inspect.get_annotations(owner)}
     return [field.name for field in dataclasses.fields(factory) if field.name in declared - {"method"}]
 
 
-def options(factory: type) -> list[Option]:
+def options(factory: Factory) -> list[Option]:
     """The class's own options, in the order of its `Args:`."""
     return [_option(factory, name, meaning) for name, meaning in arguments(factory.__doc__).items()]
 
@@ -121,7 +125,7 @@ def limits(method: Method) -> list[Limit]:
     return [Limit(checks, reason) for reason, checks in found.items()]
 
 
-def import_name(factory: type) -> str:
+def import_name(factory: Factory) -> str:
     """The shortest dotted name that imports the class."""
     top = getattr(folklora, factory.__name__, None) is factory
     package = "folklora" if top else factory.__module__.rpartition(".")[0]
@@ -147,14 +151,31 @@ def table(link: str = "`{name}`") -> str:
     return "\n".join(["| name | room | what is trained | paper |", "| --- | --- | --- | --- |", *rows])
 
 
-def _option(factory: type, name: str, meaning: str) -> Option:
-    known = {field.name: field for field in dataclasses.fields(factory)}
+def _filled(factory: Factory) -> list[str]:
+    """The sections that must say something."""
+    return [name for name in SECTIONS if name != "Args" or own_fields(factory)]
+
+
+def _option(factory: Factory, name: str, meaning: str) -> Option:
+    known = _defaults(factory)
     if name not in known:
-        raise ValueError(f"the docstring of {factory.__name__} explains '{name}', which is none of its fields")
-    field = known[name]
-    value = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-    return Option(name, _written(value), meaning)
+        raise ValueError(f"the docstring of {factory.__name__} explains '{name}', which is none of its options")
+    return Option(name, known[name], meaning)
+
+
+def _defaults(factory: Factory) -> dict[str, str]:
+    """Each option's default, as Python writes it."""
+    if inspect.isfunction(factory):
+        found = inspect.signature(factory).parameters.values()
+        return {p.name: _written(p.default) for p in found if p.kind is p.KEYWORD_ONLY}
+    return {field.name: _written(_default(field)) for field in dataclasses.fields(factory)}
+
+
+def _default(field: dataclasses.Field) -> Any:
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
 def _written(value: Any) -> str:
+    if value is inspect.Parameter.empty:
+        return "required"
     return f"{type(value).__name__}()" if dataclasses.is_dataclass(value) else repr(value)

@@ -49,7 +49,7 @@ def page(method: Method) -> str:
     blocks = [
         f"# {method.name}",
         prose(parts["summary"]),
-        f"<p>Class <code>{descriptions.import_name(method.factory)}</code>, room {method.room}.</p>",
+        f"<p>{_kind(method)} <code>{descriptions.import_name(method.factory)}</code>, room {method.room}.</p>",
         prose(parts["body"]),
         "## Equation",
         equations(parts["Equation"], method.name),
@@ -131,7 +131,7 @@ def cannot(method: Method) -> list[str]:
                 f"It cannot be put on a model before `folklora.calibrate` found the {needed} of its layers; the stream "
                 "does that by itself."
             )
-    else:
+    elif method.room == "continual":
         if factory.knows_task:
             blocks.append("It cannot answer without being told the task.")
         if factory.joint:
@@ -158,7 +158,11 @@ def _capital(text: str) -> str:
 
 
 def _is_adapter(method: Method) -> bool:
-    return issubclass(method.factory, AdapterConfig)
+    return isinstance(method.factory, type) and issubclass(method.factory, AdapterConfig)
+
+
+def _kind(method: Method) -> str:
+    return "Class" if isinstance(method.factory, type) else "Function"
 
 
 def _joined(lines: list[str]) -> list[str]:

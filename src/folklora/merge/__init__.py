@@ -1,13 +1,58 @@
 """Many models into one: a method is a function of the tensors of one name; `contract.py` says what of."""
 
 from folklora.merge.average import average
+from folklora.merge.breadcrumbs import breadcrumbs, breadcrumbs_ties
 from folklora.merge.contract import PerTask
+from folklora.merge.dare import dare_linear, dare_ties
+from folklora.merge.della import della, della_linear
+from folklora.merge.emr import emr
+from folklora.merge.fisher import fisher
+from folklora.merge.iso_c import iso_c
+from folklora.merge.karcher import karcher
+from folklora.merge.model_stock import model_stock
+from folklora.merge.nearswap import nearswap
+from folklora.merge.nuslerp import nuslerp
+from folklora.merge.passthrough import passthrough
+from folklora.merge.r_tsvm import r_tsvm
+from folklora.merge.ram import ram
+from folklora.merge.regmean import regmean
+from folklora.merge.sce import sce
 from folklora.merge.slerp import slerp
+from folklora.merge.tall import consensus, tall
 from folklora.merge.task_arithmetic import task_arithmetic
+from folklora.merge.ties import ties
+from folklora.merge.tsv_c import tsv_c
+from folklora.merge.tsv_m import tsv_m
+from folklora.merge.wudi import wudi, wudi_closed_form
 
 __all__ = [
     "PerTask",
     "average",
+    "breadcrumbs",
+    "breadcrumbs_ties",
+    "consensus",
+    "dare_linear",
+    "dare_ties",
+    "della",
+    "della_linear",
+    "emr",
+    "fisher",
+    "iso_c",
+    "karcher",
+    "model_stock",
+    "nearswap",
+    "nuslerp",
+    "passthrough",
+    "r_tsvm",
+    "ram",
+    "regmean",
+    "sce",
     "slerp",
+    "tall",
     "task_arithmetic",
+    "ties",
+    "tsv_c",
+    "tsv_m",
+    "wudi",
+    "wudi_closed_form",
 ]

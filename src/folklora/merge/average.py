@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from folklora.merge.contract import merging
-from folklora.merge.deltas import share, weighted_sum
+from folklora.merge.deltas import mixed
 
 
 @merging(
@@ -44,7 +44,4 @@ def average(
         weight: w_t, a number a model.
         normalize: Divide by the sum of the weights.
     """
-    if not normalize:
-        return weighted_sum(models, weight)
-    first = models[0]
-    return first + weighted_sum([model - first for model in models], share(weight))
+    return mixed(models, weight, normalize)

@@ -13,6 +13,7 @@ Options are keyword-only. Their types say where their values come from:
 
 - `Sequence[float]`: one value a model. A single value, such as the default `(1.0,)`, stands for every model.
 - `Sequence[Tensor]`: a statistic that each model brings along for this tensor, read from a file (`fisher`, `gram`).
+  With `| None`, tensors for which no model has one are merged without it.
 - `Sequence[torch.Generator]`: one a model, which the caller seeds from (seed, tensor name, model), so that a random
   mask depends neither on the order of the models nor on how tensors are split over files. Never in YAML.
 - anything else (`float`, `int`, `bool`, `Literal`, or one of these and `None`): one value for the merge. Python's
@@ -20,6 +21,7 @@ Options are keyword-only. Their types say where their values come from:
 
 Inputs may have any floating dtype. A method computes in float32, or in float64 if one of its tensors is float64, and
 returns that; the caller casts. Integer tensors (position ids, counters) are not merged: copy them from the base.
+The return type is `Tensor`, or a class of `PerTask` where a method gives each task a tensor of its own.
 """
 
 from __future__ import annotations
@@ -102,7 +104,8 @@ def merging(paper: str, trains: str) -> Callable[[Merge], Merge]:
 @functools.cache
 def _kinds(function: Callable[..., Any]) -> dict[str, Any]:
     """The type of each argument."""
-    return {name: kind for name, kind in typing.get_type_hints(function).items() if name != "return"}
+    hints = {name: kind for name, kind in typing.get_type_hints(function).items() if name != "return"}
+    return hints | {name: Sequence[Tensor] for name, kind in hints.items() if kind == Sequence[Tensor] | None}
 
 
 def _check(method: str, given: dict[str, Any], kinds: dict[str, Any]) -> None:
@@ -121,7 +124,7 @@ def _check(method: str, given: dict[str, Any], kinds: dict[str, Any]) -> None:
 
 
 def _precision(given: dict[str, Any], kinds: dict[str, Any]) -> torch.dtype:
-    tensors = [tensor for name, kind in kinds.items() if kind == Sequence[Tensor] for tensor in given[name]]
+    tensors = [tensor for name, kind in kinds.items() if kind == Sequence[Tensor] for tensor in given[name] or ()]
     return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
 
 
@@ -129,7 +132,7 @@ def _cast(method: str, name: str, value: Any, kind: Any, count: int, dtype: torc
     """One argument in the precision of the computation, with one value a model where its type is a sequence."""
     if isinstance(value, Tensor):
         return value.to(dtype)
-    if typing.get_origin(kind) is not Sequence:
+    if typing.get_origin(kind) is not Sequence or value is None:
         return value
     values = list(value)
     if len(values) == 1 and kind == Sequence[float]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 from torch import Tensor
 
 from folklora.merge.contract import merging
-from folklora.merge.deltas import cosine
+from folklora.merge.deltas import arc, check_count
 
 _COLINEAR = 0.9995
 
@@ -50,14 +49,5 @@ def slerp(models: Sequence[Tensor], base: Tensor | None = None, *, t: float) -> 
         t: Where between a (0) and b (1).
     """
     ends = [*([base] if base is not None else []), *models]
-    if len(ends) != 2:
-        raise ValueError(
-            f"slerp goes from one model to another, but was given {len(models)} models "
-            f"{'and' if base is not None else 'without'} a base: give two models, or a base and one model"
-        )
-    a, b = ends
-    cos = cosine(a, b)
-    if cos is None or abs(cos) > _COLINEAR:
-        return a + t * (b - a)
-    angle = math.acos(cos)
-    return math.sin((1 - t) * angle) / math.sin(angle) * a + math.sin(t * angle) / math.sin(angle) * b
+    check_count("slerp", ends, 2, "give two models, or a base and one model")
+    return arc(*ends, t, colinear=_COLINEAR)

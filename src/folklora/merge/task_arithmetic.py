@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from folklora.merge.contract import merging
-from folklora.merge.deltas import deltas, weighted_sum
+from folklora.merge.deltas import deltas, mixed
 
 
 @merging(
@@ -15,7 +15,12 @@ from folklora.merge.deltas import deltas, weighted_sum
     trains="nothing: the sum of the models' deltas",
 )
 def task_arithmetic(
-    models: Sequence[Tensor], base: Tensor, *, weight: Sequence[float] = (1.0,), lambda_: float = 1.0
+    models: Sequence[Tensor],
+    base: Tensor,
+    *,
+    weight: Sequence[float] = (1.0,),
+    lambda_: float = 1.0,
+    normalize: bool = False,
 ) -> Tensor:
     r"""Task arithmetic: the weighted sum of the task vectors, added to the base.
 
@@ -41,5 +46,6 @@ def task_arithmetic(
     Args:
         weight: w_t, a number a model.
         lambda_: λ, the scale of the sum.
+        normalize: Divide by the sum of the weights.
     """
-    return base + lambda_ * weighted_sum(deltas(models, base), weight)
+    return base + lambda_ * mixed(deltas(models, base), weight, normalize)
