@@ -14,6 +14,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig
+from transformers.pytorch_utils import Conv1D
 
 from folklora.merge.engine.adapters import WrittenOver
 from folklora.merge.engine.checkpoints import Checkpoint, Form
@@ -32,12 +33,14 @@ class Architecture:
         tied: Key of a tensor that is the same as another one → the other's key.
         keys: Every tensor's key, in the model's order; empty where transformers does not know the class.
         embeddings: Keys of tensors with a row for each token of the vocabulary.
+        transposed: Keys of weights that are stored as [in, out].
     """
 
     prefix: str = ""
     tied: Mapping[str, str] = field(default_factory=dict)
     keys: tuple[str, ...] = ()
     embeddings: frozenset[str] = frozenset()
+    transposed: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, model: nn.Module) -> Architecture:
@@ -54,7 +57,8 @@ class Architecture:
             if end is not None and id(end) in names
             for leaf, _ in end.named_parameters(recurse=False)
         }
-        return cls(plain.prefix, tied, tuple(keys), frozenset(rows))
+        across = {whole.key(f"{name}.weight") for name, module in model.named_modules() if isinstance(module, Conv1D)}
+        return cls(plain.prefix, tied, tuple(keys), frozenset(rows), frozenset(across))
 
     def plain(self, name: str) -> str:
         """A stored tensor's name without the prefix."""

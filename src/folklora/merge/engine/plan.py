@@ -50,7 +50,7 @@ class Step:
     models: tuple[Take, ...]
     base: Take | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
-    statistics: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    statistics: Mapping[str, tuple[str | None, ...]] = field(default_factory=dict)
     copied: bool = False
     by_token: bool = False
 
@@ -208,7 +208,7 @@ class _Planner:
 
     def _options(
         self, part: Slice, sources: Sequence[Source], keys: Sequence[str], name: str, t: float
-    ) -> tuple[dict[str, Any], dict[str, tuple[str, ...]]]:
+    ) -> tuple[dict[str, Any], dict[str, tuple[str | None, ...]]]:
         levels = [part.parameters, self.config.parameters]
         names = [self.layouts[source.model].names[key] for source, key in zip(sources, keys, strict=True)]
         options: dict[str, Any] = {}
@@ -226,11 +226,6 @@ class _Planner:
             )
             for argument, option in self.schema.statistics.items()
         }
-        if options.get("normalize") is True and abs(sum(options.get("weight", [1.0]))) < 1e-8:
-            raise ValueError(
-                f"{name}: the weights {options['weight']} sum to zero, and normalize divides by their sum; change a "
-                "weight, or set normalize: false"
-            )
         return options, statistics
 
 
@@ -255,7 +250,7 @@ def make_plan(
 
     Raises:
         ValueError: An option is unknown, missing or of another type; tensors are missing or differ in shape; a base
-            is missing, or weights sum to zero.
+            is missing; or the method refuses the options or the number of models.
     """
     _check_options(config, schema)
     planner = _Planner(config, schema, layouts, architecture, rows)
@@ -263,6 +258,7 @@ def make_plan(
         raise ValueError(f"{schema.name} merges what the models changed in their base: give base_model")
     steps, left_out = planner.steps()
     _check_shapes(steps, layouts, architecture)
+    _check_calls(steps, schema)
     chosen = [source.layers for source in (part.sources[0] for part in config.slices) if source.layers is not None]
     layers = sum(end - begin for begin, end in chosen) if chosen else None
     forms = {step.name: step.form for step in steps}
@@ -303,6 +299,19 @@ def _check_shapes(steps: Iterable[Step], layouts: Mapping[Reference, Layout], ar
         hint = "\nthe vocabularies differ in size; tokenizer_source: union or base brings them into one" * by_rows
         more = f"\n... and {len(problems) - _SHOWN} more" * (len(problems) > _SHOWN)
         raise ValueError("the models have tensors of different shapes:\n" + "\n".join(problems[:_SHOWN]) + more + hint)
+
+
+def _check_calls(steps: Iterable[Step], schema: Schema) -> None:
+    probed: set[str] = set()
+    for step in steps:
+        call = repr((step.options, len(step.models), step.base is None))
+        if step.copied or call in probed:
+            continue
+        try:
+            schema.probe(step.options, len(step.models), step.base is not None)
+        except ValueError as error:
+            raise ValueError(f"{step.name}: {error}") from error
+        probed.add(call)
 
 
 def _missing(keys: Sequence[str], layouts: Mapping[Reference, Layout]) -> str:

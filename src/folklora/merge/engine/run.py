@@ -18,8 +18,9 @@ import torch
 import yaml
 from torch import Tensor
 
+from folklora.merge.engine import statistics
 from folklora.merge.engine.card import layers_key, write_beside
-from folklora.merge.engine.checkpoints import TYPES, Writer, create, read_header, read_tensor, recorded, write_index
+from folklora.merge.engine.checkpoints import TYPES, Writer, create, recorded, write_index
 from folklora.merge.engine.config import MergeConfig, Reference, parse, read_config
 from folklora.merge.engine.models import Model, open_models
 from folklora.merge.engine.plan import Plan, Step, Take, make_plan
@@ -55,11 +56,18 @@ class Job:
     seed: int
     max_shard_size: str | int
 
+    @property
+    def donor(self) -> Model:
+        """The model that configuration and tokenizer come from."""
+        return self.models[self.plan.donor]
+
     def state(self) -> dict[str, Any]:
         """What a process needs to go on with it, and a digest of the plan and of the inputs' files."""
         steps = [repr(step) for step in self.plan.steps]
         files = [path for model in self.models.values() for path in model.files()]
-        files += [Path(file) for step in self.plan.steps for named in step.statistics.values() for file in named]
+        files += [
+            Path(file) for step in self.plan.steps for named in step.statistics.values() for file in named if file
+        ]
         stamps = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in dict.fromkeys(files)]
         shards = [shard.file for shard in self.plan.shards]
         rows = [] if self.vocabulary is None else [rows.tolist() for rows in self.vocabulary.rows.values()]
@@ -158,8 +166,11 @@ def prepare(config: MergeConfig, *, seed: int = 0, max_shard_size: str | int = "
         rows = vocabulary.size
     layouts = {reference: model.layout for reference, model in models.items()}
     plan = make_plan(config, schema, layouts, donor.architecture, rows=rows, largest=largest)
-    _check_statistics(plan, models)
-    return Job(config, schema, models, plan, vocabulary, seed, max_shard_size)
+    job = Job(config, schema, models, plan, vocabulary, seed, max_shard_size)
+    for step in plan.steps:
+        for argument in step.statistics:
+            _statistics(job, step, argument)
+    return job
 
 
 def resume(work: Path) -> Job:
@@ -217,18 +228,29 @@ def compute(job: Job, step: Step, device: torch.device) -> Tensor:
         matrices = {take.model: tensor.float() for take, tensor in read.items()}
         ordered = arranged(matrices, job.vocabulary.rows, job.plan.donor)
         read = {take: ordered[take.model] for take in read}
-    arguments: dict[str, Any] = {**step.options}
-    for argument, files in step.statistics.items():
-        pairs = zip(step.models, files, strict=True)
-        arguments[argument] = [read_tensor(Path(file), _statistic(job, take)).to(device) for take, file in pairs]
-    if job.schema.generator is not None:
-        arguments[job.schema.generator] = [_generator(job.seed, step.name, take.model) for take in step.models]
-    base = None if step.base is None else read[step.base]
-    merged = job.schema.function([read[take] for take in step.models], base, **arguments)
+    # a weight is given to the methods as [out, in], with the outputs' rows
+    across = step.models[0].key in job.donor.architecture.transposed
+    if across:
+        read = {take: tensor.mT for take, tensor in read.items()}
+    merged = _merged(job, step, read, device)
+    if across:
+        merged = merged.mT
     merged = merged.to("cpu", TYPES[step.form.dtype])
     if not torch.isfinite(merged).all():
         raise ValueError(f"{step.name}: {job.schema.name} gives values that are not finite in {merged.dtype}")
     return merged
+
+
+def _merged(job: Job, step: Step, read: Mapping[Take, Tensor], device: torch.device) -> Tensor:
+    arguments: dict[str, Any] = {**step.options}
+    for argument, files in step.statistics.items():
+        keys = _statistics(job, step, argument)
+        if keys:
+            arguments[argument] = [value.to(device) for value in statistics.read(files, keys)]
+    if job.schema.generator is not None:
+        arguments[job.schema.generator] = [_generator(job.seed, step.name, take.model) for take in step.models]
+    base = None if step.base is None else read[step.base]
+    return job.schema.function([read[take] for take in step.models], base, **arguments)
 
 
 def _read(job: Job, take: Take, device: torch.device) -> Tensor:
@@ -244,20 +266,10 @@ def _generator(seed: int, name: str, model: Reference) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
-def _statistic(job: Job, take: Take) -> str:
-    return job.models[take.model].layout.names[take.key]
-
-
-def _check_statistics(plan: Plan, models: Mapping[Reference, Model]) -> None:
-    headers: dict[str, Mapping[str, Any]] = {}
-    for step in plan.steps:
-        for argument, files in step.statistics.items():
-            for take, file in zip(step.models, files, strict=True):
-                if file not in headers:
-                    headers[file] = read_header(Path(file))
-                name = models[take.model].layout.names[take.key]
-                if name not in headers[file]:
-                    raise ValueError(f"{file} holds no {argument} for {name}")
+def _statistics(job: Job, step: Step, argument: str) -> list[str]:
+    names = [job.models[take.model].layout.names[take.key] for take in step.models]
+    required = job.schema.statistics[argument].required
+    return statistics.find(argument, step.statistics[argument], names, job.donor.architecture.prefix, required)
 
 
 def _check_alike(donor: Model, models: Mapping[Reference, Model]) -> None:

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from folklora.merge.contract import PerTask
 from folklora.merge.engine.config import Setting
 
 # mergekit's names for methods that are called otherwise here
@@ -55,6 +56,7 @@ class Schema:
         whole: Options with one value for the merge.
         statistics: Options that are tensors from a file which each model brings.
         generator: The argument that takes a random generator a model.
+        per_task: Whether it gives a tensor for each task.
     """
 
     name: str
@@ -64,6 +66,19 @@ class Schema:
     whole: Mapping[str, Option]
     statistics: Mapping[str, Option]
     generator: str | None
+    per_task: bool = False
+
+    def probe(self, options: Mapping[str, Any], models: int, based: bool) -> None:
+        """Call the method with small tensors, so that it says at once what it has against options or how many models.
+
+        Raises:
+            ValueError: What it says.
+        """
+        tensors = [torch.eye(2) * (1 + i) + i for i in range(models)]
+        arguments = {**options, **{name: [torch.eye(2)] * models for name in self.statistics}}
+        if self.generator is not None:
+            arguments[self.generator] = [torch.Generator() for _ in tensors]
+        self.function(tensors, torch.eye(2) if based else None, **arguments)
 
     def written(self) -> list[str]:
         """Every option as YAML calls it."""
@@ -139,7 +154,7 @@ def read_schema(function: Callable[..., Any]) -> Schema:
             raise TypeError(f"the argument '{name}' of {function.__name__} has no type, which says where it comes from")
         if kind == Sequence[torch.Generator]:
             generator = name
-        elif kind == Sequence[Tensor]:
+        elif kind in (Sequence[Tensor], Sequence[Tensor] | None):
             statistics[name] = Option(Path, parameter.default)
         elif typing.get_origin(kind) is Sequence:
             each[name] = Option(typing.get_args(kind)[0], _single(parameter.default))
@@ -147,7 +162,8 @@ def read_schema(function: Callable[..., Any]) -> Schema:
             whole[name] = Option(kind, parameter.default)
     base = kinds.get("base", type(None))
     reads = "needed" if base is Tensor else "used" if Tensor in typing.get_args(base) else "unread"
-    return Schema(function.__name__, function, reads, each, whole, statistics, generator)
+    per_task = isinstance(kinds.get("return"), type) and issubclass(kinds["return"], PerTask)
+    return Schema(function.__name__, function, reads, each, whole, statistics, generator, per_task)
 
 
 def evaluate(setting: Setting, name: str, t: float) -> Any:
