@@ -1,6 +1,7 @@
 """The engine under the merging methods: reads sharded safetensors lazily and writes the merged model as it goes."""
 
 from folklora.merge.engine.config import MergeConfig, read_config
-from folklora.merge.engine.run import merge_models, prepare
+from folklora.merge.engine.job import prepare
+from folklora.merge.engine.run import merge_models
 
 __all__ = ["MergeConfig", "merge_models", "prepare", "read_config"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +11,7 @@ import torch
 from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
+from peft.utils.save_and_load import load_peft_weights, set_peft_model_state_dict
 from torch import Tensor, nn
 
 from folklora.adapters.host.layer import FolkloraLayer
@@ -47,7 +48,7 @@ class WrittenOver:
         self.layers: dict[str, BaseTunerLayer] = {}
         self.saved: dict[str, Tensor] = {}
         _check_folder(folder, where)
-        PeftModel.from_pretrained(skeleton, str(folder), low_cpu_mem_usage=True, torch_device="cpu").eval()
+        _load(skeleton, folder, where)
         self._find(skeleton)
         self.changed = set(self.saved)
         self.ready: dict[str, Tensor] = {}
@@ -120,6 +121,8 @@ class WrittenOver:
                 # a copy: PEFT adds in place, and what was read may lie in the file
                 value = stored(own).to(torch.float32, copy=True)
                 setattr(base, leaf, nn.Parameter(value, requires_grad=False))
+            if isinstance(layer, FolkloraLayer) and not layer.fits_base(layer.folklora_updates[_NAME].base_sample):
+                raise ValueError(f"{self.where}: the adapter was made for another base model's weights ('{path}')")
             with torch.no_grad():
                 for part in reversed(chain):
                     part.merge(adapter_names=[_NAME])
@@ -138,10 +141,42 @@ def _check_folder(folder: Path, where: str) -> None:
         raise FileNotFoundError(f"{where}: {folder} holds no adapter_config.json")
     if not (folder / "adapter_model.safetensors").is_file():
         raise FileNotFoundError(f"{where}: {folder} holds no adapter_model.safetensors")
-    config = PeftConfig.from_pretrained(str(folder))
-    if config.is_prompt_learning:
+    if PeftConfig.from_pretrained(str(folder)).is_prompt_learning:
         kind = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["peft_type"]
         raise ValueError(f"{where}: {kind} learns a prompt and changes no weight, so it cannot be merged")
+
+
+def _load(skeleton: nn.Module, folder: Path, where: str) -> None:
+    """Put an adapter on a model that is on the meta device, with its values on the CPU."""
+    model = PeftModel(skeleton, PeftConfig.from_pretrained(str(folder)), _NAME, low_cpu_mem_usage=True)
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    for layer in layers:
+        # PEFT moves loaded values to where the base's are: here to nowhere
+        layer._move_adapter_to_device_of_base_layer = _stay
+    values = load_peft_weights(str(folder), device="cpu")
+    found = set_peft_model_state_dict(model, values, _NAME, low_cpu_mem_usage=True)
+    for layer in layers:
+        del layer._move_adapter_to_device_of_base_layer
+    model.eval()
+    if found.unexpected_keys:
+        raise ValueError(f"{where}: the adapter holds values that fit nowhere: {', '.join(found.unexpected_keys[:3])}")
+    empty = [f"{path}.{name}" for path, name in _without_value(model)]
+    if empty:
+        raise ValueError(f"{where}: the adapter lacks values for {', '.join(empty[:3])}")
+
+
+def _stay(*args: object, **options: object) -> None:
+    return None
+
+
+def _without_value(model: nn.Module) -> Iterator[tuple[str, str]]:
+    for path, module in model.named_modules():
+        if isinstance(module, (BaseTunerLayer, ModulesToSaveWrapper)):
+            inside = [name for name in module.adapter_layer_names if "." not in name and hasattr(module, name)]
+            for group in inside:
+                held = getattr(module, group)
+                own = held.named_parameters() if isinstance(held, nn.Module) else ()
+                yield from ((path, f"{group}.{name}") for name, value in own if value.is_meta)
 
 
 def _chain(layer: nn.Module) -> list[BaseTunerLayer]:

@@ -4,77 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 
 from folklora.merge.engine import statistics
-from folklora.merge.engine.card import layers_key, write_beside
+from folklora.merge.engine.card import write_beside
 from folklora.merge.engine.checkpoints import TYPES, Writer, create, recorded, write_index
-from folklora.merge.engine.config import MergeConfig, Reference, parse, read_config
-from folklora.merge.engine.models import Model, open_models
-from folklora.merge.engine.plan import Plan, Step, Take, make_plan
-from folklora.merge.engine.schema import Schema, schema_of
-from folklora.merge.engine.vocabulary import Vocabulary, arranged, common_vocabulary
+from folklora.merge.engine.config import Reference, read_config
+from folklora.merge.engine.job import STATE, Job, prepare, statistic_keys
+from folklora.merge.engine.plan import Plan, Step, Take
+from folklora.merge.engine.team import BEGUN, in_processes, together, torchrun_team
+from folklora.merge.engine.vocabulary import arranged
 from folklora.stream.files import read_json, replace_folder, write_json
 
 Progress = Callable[..., None]
-STATE, BEGUN = "state.json", "begun.json"
-_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
-_POLL_SECONDS = 0.2
-
-
-@dataclass(frozen=True, eq=False)
-class Job:
-    """A merge that is planned.
-
-    Args:
-        config: What was asked for.
-        schema: The method.
-        models: The inputs.
-        plan: What is to be done.
-        vocabulary: The merged one, where it is not the models' own.
-        seed: Of everything drawn.
-        max_shard_size: The most that one file may hold.
-    """
-
-    config: MergeConfig
-    schema: Schema
-    models: Mapping[Reference, Model]
-    plan: Plan
-    vocabulary: Vocabulary | None
-    seed: int
-    max_shard_size: str | int
-
-    @property
-    def donor(self) -> Model:
-        """The model that configuration and tokenizer come from."""
-        return self.models[self.plan.donor]
-
-    def state(self) -> dict[str, Any]:
-        """What a process needs to go on with it, and a digest of the plan and of the inputs' files."""
-        steps = [repr(step) for step in self.plan.steps]
-        files = [path for model in self.models.values() for path in model.files()]
-        files += [
-            Path(file) for step in self.plan.steps for named in step.statistics.values() for file in named if file
-        ]
-        stamps = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in dict.fromkeys(files)]
-        shards = [shard.file for shard in self.plan.shards]
-        rows = [] if self.vocabulary is None else [rows.tolist() for rows in self.vocabulary.rows.values()]
-        text = json.dumps([self.schema.name, self.seed, steps, shards, stamps, rows])
-        digest = hashlib.sha256(text.encode()).hexdigest()
-        settings = {"seed": self.seed, "max_shard_size": self.max_shard_size}
-        return {"config": self.config.text, "settings": settings, "digest": digest}
 
 
 def merge_models(
@@ -117,19 +65,18 @@ def merge_models(
         raise ValueError(f"workers must be at least 1, not {workers}")
     job = prepare(read_config(config), seed=seed, max_shard_size=max_shard_size)
     _check_out(out, job, overwrite)
-    team = _torchrun(device)
+    team = torchrun_team(device)
     work = out.parent / f".{out.name}.merging"
     if team is None or team.is_main_process:
         _begin(job, work, overwrite)
-    _together(team)
+    together(team)
     done = recorded(work)
-    _together(team)
+    together(team)
     tell = _teller(job.plan, work, progress if team is None or team.is_main_process else None)
     tell(())
     try:
         if team is None and workers > 1:
-            write_json(work / BEGUN, sorted(done))
-            _in_processes(work, workers, device, tell)
+            in_processes(work, done, workers, device, tell)
         else:
             rank, count = (0, 1) if team is None else (team.process_index, team.num_processes)
             do_share(job, work, done, rank, count, device, tell)
@@ -138,52 +85,11 @@ def merge_models(
         if team is None:
             shutil.rmtree(work)
         raise
-    _together(team)
+    together(team)
     if team is None or team.is_main_process:
         _finish(job, work, out)
-    _together(team)
+    together(team)
     return out
-
-
-def prepare(config: MergeConfig, *, seed: int = 0, max_shard_size: str | int = "5GB") -> Job:
-    """Open the models, check that they fit together and plan the merge; nothing is written.
-
-    Raises:
-        FileNotFoundError: A model or file is not there.
-        ValueError: The configuration is wrong, or the models do not fit together.
-    """
-    schema = schema_of(config.method)
-    largest = _bytes(max_shard_size)
-    models = open_models(config.models(), config.base)
-    donor = models[config.base or config.slices[0].sources[0].model]
-    _check_alike(donor, models)
-    if config.sliced:
-        layers_key(donor.config)
-    rows = None
-    folders = {reference: model.folder for reference, model in models.items()}
-    vocabulary = common_vocabulary(config, folders, donor.reference, _rows_of_embeddings(config, models))
-    if vocabulary is not None:
-        rows = vocabulary.size
-    layouts = {reference: model.layout for reference, model in models.items()}
-    plan = make_plan(config, schema, layouts, donor.architecture, rows=rows, largest=largest)
-    job = Job(config, schema, models, plan, vocabulary, seed, max_shard_size)
-    for step in plan.steps:
-        for argument in step.statistics:
-            _statistics(job, step, argument)
-    return job
-
-
-def resume(work: Path) -> Job:
-    """The job of a folder that is being worked on.
-
-    Raises:
-        ValueError: Its inputs have changed since.
-    """
-    state = read_json(work / STATE)
-    job = prepare(parse(yaml.safe_load(state["config"]), "the configuration", state["config"]), **state["settings"])
-    if job.state() != state:
-        raise ValueError(f"the inputs of the merge in {work} have changed since it began")
-    return job
 
 
 def do_share(
@@ -244,7 +150,7 @@ def compute(job: Job, step: Step, device: torch.device) -> Tensor:
 def _merged(job: Job, step: Step, read: Mapping[Take, Tensor], device: torch.device) -> Tensor:
     arguments: dict[str, Any] = {**step.options}
     for argument, files in step.statistics.items():
-        keys = _statistics(job, step, argument)
+        keys = statistic_keys(job, step, argument)
         if keys:
             arguments[argument] = [value.to(device) for value in statistics.read(files, keys)]
     if job.schema.generator is not None:
@@ -264,37 +170,6 @@ def _read(job: Job, take: Take, device: torch.device) -> Tensor:
 def _generator(seed: int, name: str, model: Reference) -> torch.Generator:
     digest = hashlib.sha256(json.dumps([seed, name, str(model)]).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-
-
-def _statistics(job: Job, step: Step, argument: str) -> list[str]:
-    names = [job.models[take.model].layout.names[take.key] for take in step.models]
-    required = job.schema.statistics[argument].required
-    return statistics.find(argument, step.statistics[argument], names, job.donor.architecture.prefix, required)
-
-
-def _check_alike(donor: Model, models: Mapping[Reference, Model]) -> None:
-    """Refuse models of different classes."""
-
-    def kind(model: Model) -> str:
-        return (model.config.get("architectures") or [model.config.get("model_type", "no architecture")])[0]
-
-    others = [f"{kind(model)} in {reference}" for reference, model in models.items() if kind(model) != kind(donor)]
-    if others:
-        raise ValueError(f"the models are of different classes: {kind(donor)} in {donor.reference}, {others[0]}")
-    for reference, model in models.items():
-        if model.architecture.tied != donor.architecture.tied:
-            tied, untied = (donor.reference, reference) if donor.architecture.tied else (reference, donor.reference)
-            raise ValueError(f"{tied} shares weights between its embeddings and its head, and {untied} does not")
-
-
-def _rows_of_embeddings(config: MergeConfig, models: Mapping[Reference, Model]) -> dict[Reference, int]:
-    sizes = {}
-    for reference, model in models.items():
-        found = [model.layout.forms[key].shape[0] for key in model.architecture.embeddings if key in model.layout.forms]
-        if not found and config.tokenizer is not None:
-            raise ValueError(f"{reference}: its embeddings were not found, so tokenizer_source cannot arrange them")
-        sizes[reference] = found[0] if found else 0
-    return sizes
 
 
 def _check_out(out: Path, job: Job, overwrite: bool) -> None:
@@ -347,51 +222,3 @@ def _teller(plan: Plan, work: Path, progress: Progress | None) -> Callable[[Iter
             progress("tensors", tensors=len(written), bytes=sum(sizes[name] for name in written))
 
     return tell
-
-
-def _in_processes(work: Path, count: int, device: str, tell: Callable[[Iterable[str]], None]) -> None:
-    environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // count))}
-    words = [sys.executable, "-m", "folklora.merge.engine.worker", str(work), device, str(count)]
-    for path in work.glob("error-*.json"):
-        path.unlink()
-    running = [subprocess.Popen([*words, str(rank)], env=environment) for rank in range(count)]
-    try:
-        while any(process.poll() is None for process in running):
-            if any(process.returncode for process in running):
-                break
-            time.sleep(_POLL_SECONDS)
-            tell(())
-    finally:
-        for process in running:
-            process.kill()
-            process.wait()
-    tell(())
-    for path in sorted(work.glob("error-*.json")):
-        error = read_json(path)
-        raise (ValueError if error["kind"] == "ValueError" else OSError)(error["message"])
-    failed = [process.returncode for process in running if process.returncode]
-    if failed:
-        raise OSError(f"a worker ended with code {failed[0]}; the same command goes on where the merge was")
-
-
-def _torchrun(device: str) -> Any:
-    """What torchrun's processes share; None outside of it."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return None
-    from accelerate import PartialState
-
-    return PartialState(cpu=not device.startswith("cuda"))
-
-
-def _together(team: Any) -> None:
-    if team is not None:
-        team.wait_for_everyone()
-
-
-def _bytes(size: str | int) -> int:
-    text = str(size).strip().upper()
-    unit = _UNITS.get(text[-2:], 1)
-    number = text.removesuffix(text[-2:]).strip() if unit > 1 else text
-    if not number.isdigit() or int(number) < 1:
-        raise ValueError(f"a file's largest size is written such as 5GB or 500MB, not {size!r}")
-    return int(number) * unit

@@ -5,7 +5,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from folklora.merge.engine.run import BEGUN, do_share, resume
+from folklora.merge.engine.job import resume
+from folklora.merge.engine.run import do_share
+from folklora.merge.engine.team import BEGUN
 from folklora.stream.files import read_json, write_json
 
 
