@@ -10,18 +10,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 
-def stored(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a checkpoint, however it is sharded."""
+def _stored(folder: Path) -> dict[str, Tensor]:
     return {
         name: value for file in sorted(folder.glob("model*.safetensors")) for name, value in load_file(file).items()
     }
 
 
-def gpt2(seed: int) -> GPT2LMHeadModel:
-    """A GPT-2 that fits `tiny_tokenizer`, with biases that are not zero."""
+def _gpt2(seed: int) -> GPT2LMHeadModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = GPT2LMHeadModel(GPT2Config(vocab_size=128, n_embd=32, n_layer=2, n_head=4, n_positions=64))
@@ -31,10 +29,29 @@ def gpt2(seed: int) -> GPT2LMHeadModel:
         return model.eval()
 
 
-def parameters(folder: Path) -> dict[str, Tensor]:
-    """The parameters of a causal model as transformers loads it."""
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    return {name: value.detach() for name, value in model.named_parameters()}
+def _asked(root: Path, method: str, *models: str, **more: Any) -> dict[str, Any]:
+    base = {"base_model": str(root / more.pop("base"))} if "base" in more else {}
+    each = more.pop("each", {})
+    entries = [{"model": str(root / name), **({"parameters": each[name]} if name in each else {})} for name in models]
+    return {"merge_method": method, **base, "models": entries, **more}
+
+
+@pytest.fixture(scope="session")
+def stored() -> Callable[[Path], dict[str, Tensor]]:
+    """`stored(folder)`: all tensors of a checkpoint, however it is sharded."""
+    return _stored
+
+
+@pytest.fixture(scope="session")
+def gpt2() -> Callable[[int], GPT2LMHeadModel]:
+    """`gpt2(seed)`: a GPT-2 that fits `tiny_tokenizer`, with biases that are not zero."""
+    return _gpt2
+
+
+@pytest.fixture(scope="session")
+def asked() -> Callable[..., dict[str, Any]]:
+    """`asked(root, method, *names, base=name, each={name: parameters}, ...)`: a merge of folders in `root`."""
+    return _asked
 
 
 @pytest.fixture(scope="session")
@@ -47,11 +64,3 @@ def llamas(tiny_llama: Callable[..., LlamaForCausalLM], tiny_tokenizer: Any, tmp
         tiny_tokenizer.save_pretrained(root / name)
     assert len(list((root / "base").glob("model-*.safetensors"))) > 2
     return root
-
-
-def request(root: Path, method: str, *models: str, **more: Any) -> dict[str, Any]:
-    """A configuration that merges folders of `root`, with any other keys."""
-    base = {"base_model": str(root / more.pop("base"))} if "base" in more else {}
-    each = more.pop("each", {})
-    entries = [{"model": str(root / name), **({"parameters": each[name]} if name in each else {})} for name in models]
-    return {"merge_method": method, **base, "models": entries, **more}

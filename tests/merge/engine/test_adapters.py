@@ -13,7 +13,6 @@ from folklora import AMLoRA, KaSA, LoRA
 from folklora.merge import average, task_arithmetic
 from folklora.merge.engine import merge_models
 from folklora.merge.engine import models as engine_models
-from tests.merge.engine.conftest import gpt2, request, stored
 
 ALL = "all-linear"
 CONFIGS = {
@@ -41,10 +40,10 @@ def adapted(base: Path, folder: Path, config) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_an_adapter_gives_the_tensors_of_the_merged_model(llamas, tmp_path, name):
+def test_an_adapter_gives_the_tensors_of_the_merged_model(llamas, tmp_path, name, stored, asked):
     expected = adapted(llamas / "base", tmp_path / "adapter", CONFIGS[name])
-    asked = request(llamas, "passthrough", f"base+{tmp_path / 'adapter'}", dtype="float32")
-    merged, before = stored(merge_models(asked, tmp_path / "out")), stored(llamas / "base")
+    config = asked(llamas, "passthrough", f"base+{tmp_path / 'adapter'}", dtype="float32")
+    merged, before = stored(merge_models(config, tmp_path / "out")), stored(llamas / "base")
     assert merged.keys() == expected.keys()
     for key, value in merged.items():
         assert torch.equal(value, expected[key]), key
@@ -52,7 +51,7 @@ def test_an_adapter_gives_the_tensors_of_the_merged_model(llamas, tmp_path, name
     assert 2 <= len(changed) < len(merged)
 
 
-def test_two_adapters_over_a_gpt2_with_biases(tmp_path):
+def test_two_adapters_over_a_gpt2_with_biases(tmp_path, stored, asked, gpt2):
     gpt2(0).save_pretrained(tmp_path / "base")
     configs = {
         "one": LoraConfig(r=2, target_modules=["c_attn", "c_proj"], fan_in_fan_out=True),
@@ -60,7 +59,7 @@ def test_two_adapters_over_a_gpt2_with_biases(tmp_path):
     }
     models = {key: adapted(tmp_path / "base", tmp_path / key, config) for key, config in configs.items()}
     names = [f"base+{tmp_path / key}" for key in configs]
-    merged = stored(merge_models(request(tmp_path, "task_arithmetic", *names, base="base"), tmp_path / "out"))
+    merged = stored(merge_models(asked(tmp_path, "task_arithmetic", *names, base="base"), tmp_path / "out"))
     base = stored(tmp_path / "base")
     for name, value in merged.items():
         expected = task_arithmetic([models[key][name] for key in configs], base[name])
@@ -69,10 +68,10 @@ def test_two_adapters_over_a_gpt2_with_biases(tmp_path):
     assert not torch.equal(models["two"][bias], base[bias])
 
 
-def test_a_folder_of_an_adapter_alone_stands_over_the_base(llamas, tmp_path):
+def test_a_folder_of_an_adapter_alone_stands_over_the_base(llamas, tmp_path, stored, asked):
     expected = adapted(llamas / "base", tmp_path / "adapter", CONFIGS["lora"])
-    asked = request(llamas, "average", "a", str(tmp_path / "adapter"), base="base", dtype="float32")
-    merged, a = stored(merge_models(asked, tmp_path / "out")), stored(llamas / "a")
+    config = asked(llamas, "average", "a", str(tmp_path / "adapter"), base="base", dtype="float32")
+    merged, a = stored(merge_models(config, tmp_path / "out")), stored(llamas / "a")
     for name, value in merged.items():
         assert torch.equal(value, average([a[name], expected[name]])), name
 
@@ -97,19 +96,19 @@ def test_the_adapted_model_is_never_in_memory(llamas, tmp_path):
         (PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2), "learns a prompt and changes no weight"),
     ],
 )
-def test_what_is_no_change_of_a_weight(llamas, tmp_path, config, message):
+def test_what_is_no_change_of_a_weight(llamas, tmp_path, config, message, asked):
     model = AutoModelForCausalLM.from_pretrained(llamas / "base")
     get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
     with pytest.raises(ValueError, match=message):
-        merge_models(request(llamas, "passthrough", f"base+{tmp_path / 'adapter'}"), tmp_path / "out")
+        merge_models(asked(llamas, "passthrough", f"base+{tmp_path / 'adapter'}"), tmp_path / "out")
 
 
-def test_an_adapter_of_another_base_or_of_a_tied_weight(llamas, tmp_path):
+def test_an_adapter_of_another_base_or_of_a_tied_weight(llamas, tmp_path, asked, gpt2):
     adapted(llamas / "base", tmp_path / "adapter", CONFIGS["kasa"])
     with pytest.raises(ValueError, match="made for another base model's weights"):
-        merge_models(request(llamas, "passthrough", f"a+{tmp_path / 'adapter'}"), tmp_path / "out")
+        merge_models(asked(llamas, "passthrough", f"a+{tmp_path / 'adapter'}"), tmp_path / "out")
     gpt2(0).save_pretrained(tmp_path / "tied")
     get_peft_model(gpt2(0), LoraConfig(r=2, target_modules=["wte"])).save_pretrained(tmp_path / "over")
     with pytest.raises(ValueError, match=r"changes 'transformer\.wte', whose weight the model uses in two places"):
-        merge_models(request(tmp_path, "passthrough", f"tied+{tmp_path / 'over'}"), tmp_path / "out")
+        merge_models(asked(tmp_path, "passthrough", f"tied+{tmp_path / 'over'}"), tmp_path / "out")
     assert not (tmp_path / "out").exists()

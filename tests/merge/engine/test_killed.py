@@ -11,7 +11,6 @@ import pytest
 
 from folklora.merge.engine import merge_models
 from folklora.merge.engine.checkpoints import recorded
-from tests.merge.engine.conftest import request, stored
 
 # every tensor is made durable at once, since tiny ones are all written within a second
 CHILD = """
@@ -28,24 +27,24 @@ merge_models(json.loads(sys.argv[1]), sys.argv[2], max_shard_size="60KB", progre
 """
 
 
-def test_a_killed_merge_goes_on_in_two_processes(llamas, tmp_path):
-    asked = request(llamas, "dare_ties", "a", "b", base="base", parameters={"density": 0.5})
+def test_a_killed_merge_goes_on_in_two_processes(llamas, tmp_path, stored, asked):
+    config = asked(llamas, "dare_ties", "a", "b", base="base", parameters={"density": 0.5})
     out, work = tmp_path / "out", tmp_path / ".out.merging"
-    words = [sys.executable, "-c", CHILD, json.dumps(asked), str(out)]
+    words = [sys.executable, "-c", CHILD, json.dumps(config), str(out)]
     ended = subprocess.run(words, capture_output=True, text=True, timeout=300)
     assert ended.returncode == -signal.SIGKILL, ended.stderr
     assert not out.exists()
     kept = recorded(work)
     assert len(kept) == 7
-    other = {**asked, "parameters": {"density": 0.6}}
+    other = {**config, "parameters": {"density": 0.6}}
     with pytest.raises(FileExistsError, match="unfinished merge of another configuration"):
         merge_models(other, out, max_shard_size="60KB")
     assert recorded(work) == kept
     seen = []
     merge_models(
-        asked, out, max_shard_size="60KB", workers=2, progress=lambda event, **more: seen.append((event, more))
+        config, out, max_shard_size="60KB", workers=2, progress=lambda event, **more: seen.append((event, more))
     )
-    whole = merge_models(asked, tmp_path / "whole", max_shard_size="60KB")
+    whole = merge_models(config, tmp_path / "whole", max_shard_size="60KB")
     assert {path.name: path.read_bytes() for path in out.iterdir()} == {
         path.name: path.read_bytes() for path in whole.iterdir()
     }
