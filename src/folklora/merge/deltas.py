@@ -37,7 +37,9 @@ def mean(tensors: Sequence[Tensor], weights: Sequence[float] = ()) -> Tensor:
     first, weights = tensors[0], list(weights) or [1.0] * len(tensors)
     total = sum(weights)
     if total == 0:
-        raise ValueError(f"the weights {weights} sum to 0: there is no mean with these; a method's normalize must be off")
+        raise ValueError(
+            f"the weights {weights} sum to 0: there is no mean with these; a method's normalize must be off"
+        )
     result = first.clone()
     for tensor, weight in zip(tensors[1:], weights[1:], strict=True):
         result.add_(tensor - first, alpha=weight / total)

@@ -13,7 +13,7 @@ import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from torch import Tensor, nn
-from transformers import AutoConfig, PretrainedConfig
+from transformers import AutoConfig
 from transformers.pytorch_utils import Conv1D
 
 from folklora.merge.engine.adapters import WrittenOver
@@ -178,30 +178,27 @@ def locate(path: str, revision: str | None) -> Path:
         ) from error
 
 
-@functools.lru_cache(maxsize=1)
-def _config_class(folder: Path) -> tuple[PretrainedConfig, type] | None:
+def skeleton_of(folder: Path) -> nn.Module | None:
+    """The model of a folder on the meta device; None where its class is not one of transformers'."""
     # said outright: where it is not, transformers asks on the terminal whether to run the model's own code
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except ValueError:
         return None
     kind = getattr(transformers, _class_name(config.to_dict()), None)
-    return None if kind is None else (config, kind)
-
-
-def skeleton_of(folder: Path) -> nn.Module | None:
-    """The model of a folder on the meta device; None where its class is not one of transformers'."""
-    found = _config_class(folder)
-    if found is None:
+    if kind is None:
         return None
-    config, kind = found
     with torch.device("meta"):
         return kind(config).eval()
 
 
-@functools.lru_cache(maxsize=8)
 def architecture_of(folder: Path) -> Architecture:
     """What the model class of a folder says of its tensors; nothing where transformers does not know it."""
+    return _architecture(folder, (folder / CONFIG).stat().st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=8)
+def _architecture(folder: Path, changed: int) -> Architecture:
     skeleton = skeleton_of(folder)
     return Architecture() if skeleton is None else Architecture.of(skeleton)
 

@@ -50,7 +50,9 @@ def read(files: Sequence[str], keys: Sequence[str]) -> list[Tensor]:
 
 
 def _find(argument: str, file: str, name: str, prefix: str) -> str | None:
-    names, places = _contents(Path(file))
+    if not Path(file).is_file():
+        raise FileNotFoundError(f"there are no statistics in {file}")
+    names, places = _contents(Path(file), Path(file).stat().st_mtime_ns)
     forms = [name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}"]
     for form in forms:
         if form in names:
@@ -63,9 +65,7 @@ def _find(argument: str, file: str, name: str, prefix: str) -> str | None:
 
 
 @functools.lru_cache(maxsize=64)
-def _contents(file: Path) -> tuple[frozenset[str], dict[str, dict[str, str]]]:
-    if not file.is_file():
-        raise FileNotFoundError(f"there are no statistics in {file}")
+def _contents(file: Path, changed: int) -> tuple[frozenset[str], dict[str, dict[str, str]]]:
     names = frozenset(read_header(file))
     with safe_open(file, framework="pt") as opened:
         metadata = opened.metadata() or {}
