@@ -1,8 +1,9 @@
 """Seconds, bytes a second and peak memory of merging models on disk; mergekit beside it where it is installed.
 
 Random Llama-shaped checkpoints in bfloat16 (a base and two that were "tuned" from it) are written to a scratch folder.
-Each merge is a process of its own, from its start to the last byte on the disk. Peak memory is the process's largest
-resident set, in which pages of input files count while they are mapped.
+Each merge is a process of its own, from its start to the last byte on the disk; *CPU seconds* are what it computed, and
+count where others use the machine too. Peak memory is the largest resident set of one process, in which pages of input
+files count while they are mapped. The row *nothing* is the start of the program alone.
 
     python benchmarks/merge.py --shape 1b --scratch /tmp/merge --mergekit VENV/bin/mergekit-yaml
 """
@@ -109,7 +110,7 @@ def request(root: Path, method: str) -> dict[str, Any]:
 
 
 def measure(words: list[str], out: Path, log: Path) -> tuple[float, float, int]:
-    """Run a process: its seconds, those until all is on the disk, and its peak memory in bytes."""
+    """Run a process: seconds until all is on the disk, those of computing in it, and its peak memory in bytes."""
     os.sync()
     start = time.monotonic()
     with log.open("ab") as file:
@@ -118,14 +119,13 @@ def measure(words: list[str], out: Path, log: Path) -> tuple[float, float, int]:
             file_actions=[(os.POSIX_SPAWN_DUP2, file.fileno(), 1), (os.POSIX_SPAWN_DUP2, file.fileno(), 2)],
         )  # fmt: skip
         _, status, usage = os.wait4(process, 0)
-    seconds = time.monotonic() - start
     for path in out.glob("*.safetensors"):
         handle = os.open(path, os.O_RDONLY)
         os.fsync(handle)
         os.close(handle)
     if status:
         raise SystemExit(f"{' '.join(words)} ended with status {status}; see {log}")
-    return seconds, time.monotonic() - start, usage.ru_maxrss * 1024
+    return time.monotonic() - start, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024
 
 
 def tensors_of(folder: Path) -> dict[str, Path]:
@@ -170,9 +170,14 @@ def main() -> None:
     shutil.rmtree(root, ignore_errors=True)
     size = write_models(root, SHAPES[asked.shape])
     print(f"{asked.shape}: {size / 1e9:.2f} GB a model, torch {torch.__version__}, {torch.get_num_threads()} threads")
-    print("| method | with | seconds | to the disk | MB/s read and written | peak memory, GB |")
+    print("| method | with | seconds | CPU seconds | MB/s read and written | peak memory, GB |")
     print("| --- | --- | --: | --: | --: | --: |")
+    starts = {"Folklora": [sys.executable, "-c", "import folklora.merge.engine"]}
+    starts |= {"mergekit": [asked.mergekit, "--help"]} if asked.mergekit else {}
     try:
+        for name, words in starts.items():
+            seconds, computed, peak = measure(words, root, root / "log.txt")
+            print(f"| nothing | {name} | {seconds:.1f} | {computed:.1f} | | {peak / 1e9:.2f} |", flush=True)
         for method in asked.methods:
             compare(asked, root, method, size)
     finally:
@@ -199,9 +204,11 @@ def compare(asked: argparse.Namespace, root: Path, method: str, size: int) -> No
             runs[name].append(measure(words, outs[name], root / "log.txt"))
     moved = size * (1 + METHODS[method].get("models", 2) + bool(METHODS[method].get("base")))
     for name, found in runs.items():
-        seconds, disk = (statistics.median(run[i] for run in found) for i in (0, 1))
+        seconds, computed = (statistics.median(run[i] for run in found) for i in (0, 1))
         peak = max(run[2] for run in found)
-        print(f"| {method} | {name} | {seconds:.1f} | {disk:.1f} | {moved / disk / 1e6:.0f} | {peak / 1e9:.2f} |")
+        print(
+            f"| {method} | {name} | {seconds:.1f} | {computed:.1f} | {moved / seconds / 1e6:.0f} | {peak / 1e9:.2f} |"
+        )
     folders = list(outs.values())
     if asked.mergekit and method != "dare_ties":
         largest, share = difference(folders[0], folders[-1])

@@ -162,11 +162,17 @@ def merge(
     max_shard_size: Annotated[str, typer.Option(help="The most that one file holds.")] = "5GB",
     seed: Annotated[int, typer.Option(help="Of everything drawn.")] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a folder at OUT.")] = False,
+    task: Annotated[
+        str | None, typer.Option(help="CONFIG is what a method for one task at a time wrote: write this task's model.")
+    ] = None,
 ) -> None:
     """Merge models on disk into one, a tensor at a time; the same command goes on with a merge that was stopped."""
-    from folklora.merge.engine import merge_models
+    from folklora.merge.engine import merge_models, write_task
 
     _hush()
+    if task is not None:
+        console.print(f"written: {write_task(config, task, out)}", soft_wrap=True)
+        return
     display = _MergeDisplay()
     try:
         with display:

@@ -25,6 +25,11 @@ _COPIED = (
     "spiece.model", "sentencepiece.bpe.model", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja",
     "chat_template.json", "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
 )  # fmt: skip
+# said on the card of a method that serves one task at a time
+_TASKS = (
+    "The weights in this folder are the base's, with what each task adds beside them in `tasks/`. "
+    "`folklora merge FOLDER --task NUMBER --out OUT` writes the model of one task."
+)
 
 
 def layers_key(config: Mapping[str, Any]) -> str:
@@ -108,6 +113,7 @@ def card(config: MergeConfig, schema: Schema, models: Mapping[Reference, Model])
             "",
             *rows,
             "",
+            *([_TASKS, ""] if schema.per_task else []),
             "`folklora merge config.yaml --out FOLDER` makes it again from this configuration:",
             "",
             "```yaml",

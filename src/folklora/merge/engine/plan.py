@@ -256,6 +256,8 @@ def make_plan(
     planner = _Planner(config, schema, layouts, architecture, rows)
     if schema.base == "needed" and not all(part.base or config.base for part in config.slices):
         raise ValueError(f"{schema.name} merges what the models changed in their base: give base_model")
+    if schema.per_task and config.sliced:
+        raise ValueError(f"{schema.name} gives a model for each task, which slices cannot be cut from; write models")
     steps, left_out = planner.steps()
     _check_shapes(steps, layouts, architecture)
     _check_calls(steps, schema)

@@ -12,12 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from folklora.merge.contract import PerTask
 from folklora.merge.engine import statistics
 from folklora.merge.engine.card import write_beside
 from folklora.merge.engine.checkpoints import TYPES, Writer, create, recorded, write_index
 from folklora.merge.engine.config import Reference, read_config
 from folklora.merge.engine.job import STATE, Job, prepare, statistic_keys
 from folklora.merge.engine.plan import Plan, Step, Take
+from folklora.merge.engine.tasks import save_parts, write_tasks_index
 from folklora.merge.engine.team import BEGUN, in_processes, together, torchrun_team
 from folklora.merge.engine.vocabulary import arranged
 from folklora.stream.files import read_json, replace_folder, write_json
@@ -86,6 +88,7 @@ def merge_models(
             shutil.rmtree(work)
         raise
     together(team)
+    tell(())
     if team is None or team.is_main_process:
         _finish(job, work, out)
     together(team)
@@ -115,20 +118,24 @@ def do_share(
     place = torch.device(device)
     if place.type == "cuda" and place.index is None:
         place = torch.device("cuda", rank % torch.cuda.device_count())
+    numbers = {step.name: number for number, step in enumerate(job.plan.steps)}
     with Writer(work, job.plan.shards, rank, tell) as writer:
         for step in job.plan.share(done, rank, processes):
-            writer.put(step.name, compute(job, step, place))
+            tensor, parts = compute(job, step, place)
+            if parts is not None:
+                save_parts(work, numbers[step.name], parts)
+            writer.put(step.name, tensor)
 
 
 @torch.no_grad()
-def compute(job: Job, step: Step, device: torch.device) -> Tensor:
-    """One merged tensor on the CPU, in the type in which it is stored.
+def compute(job: Job, step: Step, device: torch.device) -> tuple[Tensor, PerTask | None]:
+    """One merged tensor on the CPU, in the type in which it is stored; or the base's and the parts of each task.
 
     Raises:
         ValueError: An input holds NaN, or the result is not finite.
     """
     if step.copied:
-        return job.models[step.models[0].model].read(step.models[0].key)
+        return job.models[step.models[0].model].read(step.models[0].key), None
     read = {take: _read(job, take, device) for take in step.takes()}
     if step.by_token:
         matrices = {take.model: tensor.float() for take, tensor in read.items()}
@@ -139,15 +146,16 @@ def compute(job: Job, step: Step, device: torch.device) -> Tensor:
     if across:
         read = {take: tensor.mT for take, tensor in read.items()}
     merged = _merged(job, step, read, device)
-    if across:
-        merged = merged.mT
-    merged = merged.to("cpu", TYPES[step.form.dtype])
-    if not torch.isfinite(merged).all():
-        raise ValueError(f"{step.name}: {job.schema.name} gives values that are not finite in {merged.dtype}")
-    return merged
+    parts = merged if isinstance(merged, PerTask) else None
+    tensor = merged if parts is None else parts.base
+    tensor = (tensor.mT if across else tensor).to("cpu", TYPES[step.form.dtype])
+    values = [tensor, *([] if parts is None else parts.state().values())]
+    if not all(torch.isfinite(value).all() for value in values):
+        raise ValueError(f"{step.name}: {job.schema.name} gives values that are not finite in {tensor.dtype}")
+    return tensor, parts
 
 
-def _merged(job: Job, step: Step, read: Mapping[Take, Tensor], device: torch.device) -> Tensor:
+def _merged(job: Job, step: Step, read: Mapping[Take, Tensor], device: torch.device) -> Tensor | PerTask:
     arguments: dict[str, Any] = {**step.options}
     for argument, files in step.statistics.items():
         keys = statistic_keys(job, step, argument)
@@ -205,6 +213,10 @@ def _finish(job: Job, work: Path, out: Path) -> None:
     if lacking:
         raise RuntimeError(f"{len(lacking)} tensors were not written, such as {min(lacking)}")
     write_index(work, job.plan.shards)
+    if job.schema.per_task:
+        merged = {step.name: number for number, step in enumerate(job.plan.steps) if not step.copied}
+        tasks = next(step.models for step in job.plan.steps if step.name in merged)
+        write_tasks_index(work, job.schema.name, [str(take.model) for take in tasks], merged)
     write_beside(work, job.config, job.schema, job.plan, job.models, job.vocabulary)
     for path in [work / STATE, work / BEGUN, *work.glob("done-*.txt"), *work.glob("error-*.json")]:
         path.unlink(missing_ok=True)

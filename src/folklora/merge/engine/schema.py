@@ -56,7 +56,7 @@ class Schema:
         whole: Options with one value for the merge.
         statistics: Options that are tensors from a file which each model brings.
         generator: The argument that takes a random generator a model.
-        per_task: Whether it gives a tensor for each task.
+        result: What it gives: a tensor, or a class of `PerTask`.
     """
 
     name: str
@@ -66,7 +66,12 @@ class Schema:
     whole: Mapping[str, Option]
     statistics: Mapping[str, Option]
     generator: str | None
-    per_task: bool = False
+    result: type = Tensor
+
+    @property
+    def per_task(self) -> bool:
+        """Whether it gives a tensor for each task."""
+        return issubclass(self.result, PerTask)
 
     def probe(self, options: Mapping[str, Any], models: int, based: bool) -> None:
         """Call the method with small tensors, so that it says at once what it has against options or how many models.
@@ -129,7 +134,7 @@ def schema_of(name: str) -> Schema:
     plain = name.replace("-", "_")
     plain = _ALIASES.get(plain, plain)
     if plain not in method_names():
-        near = difflib.get_close_matches(plain, method_names(), n=3, cutoff=0.5)
+        near = difflib.get_close_matches(plain, [*_ALIASES, *method_names()], n=3, cutoff=0.5)
         hint = f"; the nearest are {', '.join(near)}" if near else ""
         raise ValueError(f"there is no merging method '{name}'{hint}. All of them: {', '.join(method_names())}")
     return read_schema(_exported()[plain])
@@ -162,8 +167,8 @@ def read_schema(function: Callable[..., Any]) -> Schema:
             whole[name] = Option(kind, parameter.default)
     base = kinds.get("base", type(None))
     reads = "needed" if base is Tensor else "used" if Tensor in typing.get_args(base) else "unread"
-    per_task = isinstance(kinds.get("return"), type) and issubclass(kinds["return"], PerTask)
-    return Schema(function.__name__, function, reads, each, whole, statistics, generator, per_task)
+    result = kinds.get("return", Tensor)
+    return Schema(function.__name__, function, reads, each, whole, statistics, generator, result)
 
 
 def evaluate(setting: Setting, name: str, t: float) -> Any:
