@@ -351,8 +351,10 @@ class _MergeDisplay:
     def __exit__(self, *error: object) -> None:
         self.bar.stop()
 
-    def tell(self, event: str, tensors: int, bytes: int, files: int = 0) -> None:
+    def tell(self, event: str, tensors: int, bytes: int, files: int = 0, left_out: tuple[str, ...] = ()) -> None:
         """Take one event of `merge_models`."""
+        if left_out:
+            console.print(f"left out, since not every model has them: {', '.join(left_out)}", soft_wrap=True)
         if event == "plan":
             self.tensors = tensors
             self.said = f"{tensors} tensors, {decimal(bytes)}, {files} file{'s' * (files > 1)}"

@@ -50,7 +50,7 @@ def test_a_killed_merge_goes_on_in_two_processes(llamas, tmp_path, stored, asked
     }
     tensors = stored(whole)
     total = sum(value.nbytes for value in tensors.values())
-    assert seen[0] == ("plan", {"tensors": len(tensors), "bytes": total, "files": 2})
+    assert seen[0] == ("plan", {"tensors": len(tensors), "bytes": total, "files": 2, "left_out": ()})
     assert seen[1] == ("tensors", {"tensors": 7, "bytes": sum(tensors[name].nbytes for name in kept)})
     assert seen[-1] == ("tensors", {"tensors": len(tensors), "bytes": total})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]

@@ -75,7 +75,11 @@ def test_missing_tensors_are_named_three_of_them(pair, tmp_path, asked):
 
 def test_tensors_that_no_model_class_knows_are_left_out_where_one_lacks_them(pair, tmp_path, asked):
     changed(pair / "b", lambda tensors: tensors.update({"transformer.h.0.attn.masked_bias": torch.zeros(1)}))
-    out = merge_models(asked(pair, "average", "a", "b"), tmp_path / "out")
+    seen = []
+    out = merge_models(
+        asked(pair, "average", "a", "b"), tmp_path / "out", progress=lambda *_, **more: seen.append(more)
+    )
+    assert seen[0]["left_out"] == ("h.0.attn.masked_bias",)
     assert "transformer.h.0.attn.masked_bias" not in load_file(out / "model.safetensors")
 
 

@@ -65,6 +65,8 @@ def merge_models(
     out = Path(out)
     if workers < 1:
         raise ValueError(f"workers must be at least 1, not {workers}")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"there is no device '{device}' here; leave --device out to compute on the CPU")
     job = prepare(read_config(config), seed=seed, max_shard_size=max_shard_size)
     _check_out(out, job, overwrite)
     team = torchrun_team(device)
@@ -138,8 +140,7 @@ def compute(job: Job, step: Step, device: torch.device) -> tuple[Tensor, PerTask
         return job.models[step.models[0].model].read(step.models[0].key), None
     read = {take: _read(job, take, device) for take in step.takes()}
     if step.by_token:
-        matrices = {take.model: tensor.float() for take, tensor in read.items()}
-        ordered = arranged(matrices, job.vocabulary.rows, job.plan.donor)
+        ordered = arranged({take.model: tensor for take, tensor in read.items()}, job.vocabulary.rows, job.plan.donor)
         read = {take: ordered[take.model] for take in read}
     # a weight is given to the methods as [out, in], with the outputs' rows
     across = step.models[0].key in job.donor.architecture.transposed
@@ -148,11 +149,11 @@ def compute(job: Job, step: Step, device: torch.device) -> tuple[Tensor, PerTask
     merged = _merged(job, step, read, device)
     parts = merged if isinstance(merged, PerTask) else None
     tensor = merged if parts is None else parts.base
-    tensor = (tensor.mT if across else tensor).to("cpu", TYPES[step.form.dtype])
+    tensor = (tensor.mT if across else tensor).to(TYPES[step.form.dtype])
     values = [tensor, *([] if parts is None else parts.state().values())]
     if not all(torch.isfinite(value).all() for value in values):
         raise ValueError(f"{step.name}: {job.schema.name} gives values that are not finite in {tensor.dtype}")
-    return tensor, parts
+    return tensor.to("cpu"), parts
 
 
 def _merged(job: Job, step: Step, read: Mapping[Take, Tensor], device: torch.device) -> Tensor | PerTask:
@@ -169,8 +170,10 @@ def _merged(job: Job, step: Step, read: Mapping[Take, Tensor], device: torch.dev
 
 def _read(job: Job, take: Take, device: torch.device) -> Tensor:
     tensor = job.models[take.model].read(take.key).to(device)
+    # at once, so that what was read is not kept beside it
+    tensor = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
     # a sum is finite unless an element is not, or it overflows; and it needs no memory
-    if not torch.isfinite(tensor.sum(dtype=torch.float32)) and bool(tensor.isnan().any()):
+    if not torch.isfinite(tensor.sum()) and bool(tensor.isnan().any()):
         raise ValueError(f"{take.model}: {take.key} holds NaN; the merge was stopped and nothing is left of it")
     return tensor
 
@@ -226,7 +229,7 @@ def _finish(job: Job, work: Path, out: Path) -> None:
 def _teller(plan: Plan, work: Path, progress: Progress | None) -> Callable[[Iterable[str]], None]:
     sizes = {step.name: step.form.bytes for step in plan.steps}
     if progress is not None:
-        progress("plan", tensors=len(sizes), bytes=plan.bytes, files=len(plan.shards))
+        progress("plan", tensors=len(sizes), bytes=plan.bytes, files=len(plan.shards), left_out=plan.left_out)
 
     def tell(names: Iterable[str]) -> None:
         if progress is not None:
