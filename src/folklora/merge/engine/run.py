@@ -47,9 +47,10 @@ def merge_models(
         config: A YAML file of mergekit's form, or its content.
         out: The folder to write: weights, configuration, tokenizer and a model card.
         device: Where each tensor's arithmetic runs, such as "cuda".
-        workers: How many processes share the tensors; under torchrun, its processes do.
+        workers: How many processes share the tensors, and the CPU's threads; under torchrun, its processes do. With
+            another number of threads in a process, methods that sum over whole tensors may round otherwise.
         max_shard_size: The most that one file holds, such as "5GB".
-        seed: Of everything drawn; the result depends on it alone, not on order, files or processes.
+        seed: Of everything drawn: a mask depends on it, on the tensor and on the model, not on order or files.
         overwrite: Replace a folder at `out`, or an unfinished merge of another configuration.
         progress: Called with "plan", then "tensors" each time that some were written, and keyword arguments.
 
@@ -70,31 +71,38 @@ def merge_models(
     job = prepare(read_config(config), seed=seed, max_shard_size=max_shard_size)
     _check_out(out, job, overwrite)
     team = torchrun_team(device)
+    leads = team is None or team.is_main_process
     work = out.parent / f".{out.name}.merging"
-    if team is None or team.is_main_process:
+    if leads:
         _begin(job, work, overwrite)
     together(team)
-    done = recorded(work)
+    tell = _teller(job.plan, work, progress if leads else None)
+    _do_all(job, work, workers, team, device, tell)
     together(team)
-    tell = _teller(job.plan, work, progress if team is None or team.is_main_process else None)
+    tell(())
+    if leads:
+        _finish(job, work, out)
+    together(team)
+    return out
+
+
+def _do_all(job: Job, work: Path, workers: int, team: Any, device: str, tell: Callable[[Iterable[str]], None]) -> None:
+    done = recorded(work)
+    # nobody writes before all have read what was written before
+    together(team)
     tell(())
     try:
-        if team is None and workers > 1:
+        if team is not None:
+            do_share(job, work, done, team.process_index, team.num_processes, device, tell)
+        elif workers > 1:
             in_processes(work, done, workers, device, tell)
         else:
-            rank, count = (0, 1) if team is None else (team.process_index, team.num_processes)
-            do_share(job, work, done, rank, count, device, tell)
+            do_share(job, work, done, 0, 1, device, tell)
     except ValueError:
         # what is wrong with an input's values is wrong with all that was made of it
         if team is None:
             shutil.rmtree(work)
         raise
-    together(team)
-    tell(())
-    if team is None or team.is_main_process:
-        _finish(job, work, out)
-    together(team)
-    return out
 
 
 def do_share(
