@@ -12,11 +12,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import shutil
 import statistics
 import sys
 import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -72,8 +75,14 @@ def shapes_of(config: dict[str, Any]) -> list[dict[str, tuple[int, ...]]]:
     return files
 
 
-def write_models(root: Path, config: dict[str, Any]) -> int:
-    """Write base, a and b; return the bytes of one."""
+def apart(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a function in a process of its own: a program that is started has its starter's size as its least peak."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def write_models(root: Path, config: dict[str, Any]) -> None:
+    """Write base, a and b."""
     total = 0
     files = shapes_of(config)
     for name in ("base", "a", "b"):
@@ -93,7 +102,6 @@ def write_models(root: Path, config: dict[str, Any]) -> int:
         (root / name / "config.json").write_text(json.dumps(settings))
         index_file = {"metadata": {"total_size": total}, "weight_map": places}
         (root / name / "model.safetensors.index.json").write_text(json.dumps(index_file))
-    return total
 
 
 def request(root: Path, method: str) -> dict[str, Any]:
@@ -165,10 +173,13 @@ def main() -> None:
     parser.add_argument("--workers", type=int, nargs="+", default=[1])
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--keep", action="store_true", help="leave the models there, and use those that are there")
     asked = parser.parse_args()
     root = asked.scratch / asked.shape
-    shutil.rmtree(root, ignore_errors=True)
-    size = write_models(root, SHAPES[asked.shape])
+    if not (asked.keep and (root / "b" / "model.safetensors.index.json").is_file()):
+        shutil.rmtree(root, ignore_errors=True)
+        apart(write_models, root, SHAPES[asked.shape])
+    size = sum(path.stat().st_size for path in (root / "base").glob("*.safetensors"))
     print(f"{asked.shape}: {size / 1e9:.2f} GB a model, torch {torch.__version__}, {torch.get_num_threads()} threads")
     print("| method | with | seconds | CPU seconds | MB/s read and written | peak memory, GB |")
     print("| --- | --- | --: | --: | --: | --: |")
@@ -181,7 +192,8 @@ def main() -> None:
         for method in asked.methods:
             compare(asked, root, method, size)
     finally:
-        shutil.rmtree(root)
+        if not asked.keep:
+            shutil.rmtree(root)
 
 
 def compare(asked: argparse.Namespace, root: Path, method: str, size: int) -> None:
@@ -211,7 +223,7 @@ def compare(asked: argparse.Namespace, root: Path, method: str, size: int) -> No
         )
     folders = list(outs.values())
     if asked.mergekit and method != "dare_ties":
-        largest, share = difference(folders[0], folders[-1])
+        largest, share = apart(difference, folders[0], folders[-1])
         print(f"  {method}: the results differ by at most {largest:.1e}, in {share:.2%} of the entries", flush=True)
     for folder in folders:
         shutil.rmtree(folder, ignore_errors=True)
