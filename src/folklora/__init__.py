@@ -54,6 +54,8 @@ def __getattr__(name: str) -> Any:
     if name in ("learn", "Run", "Task", "Example", "load_task", "TrainSettings"):
         module = {"learn": "learn", "Run": "run", "TrainSettings": "train"}.get(name, "tasks")
         return getattr(importlib.import_module(f"folklora.stream.{module}"), name)
+    if name == "merge_models":
+        return importlib.import_module("folklora.merge.engine").merge_models
     if name in ("check_method", "ConformanceError"):
         return getattr(importlib.import_module("folklora.check"), name)
     raise AttributeError(f"module 'folklora' has no attribute '{name}'")
@@ -111,6 +113,7 @@ __all__ = [
     "factored_linear",
     "learn",
     "load_task",
+    "merge_models",
     "methods",
     "penalty",
     "use_task",

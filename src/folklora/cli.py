@@ -11,7 +11,16 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.filesize import decimal
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 app = typer.Typer(
@@ -182,6 +191,40 @@ def export(
 
 
 @app.command()
+def merge(
+    config: Annotated[Path, typer.Argument(help="A YAML file that says what to merge; mergekit's form.")],
+    out: Annotated[Path, typer.Option(help="The folder to write.")],
+    device: Annotated[str, typer.Option(help="Where each tensor is computed: cpu or cuda.")] = "cpu",
+    workers: Annotated[int, typer.Option(help="How many processes share the tensors.")] = 1,
+    max_shard_size: Annotated[str, typer.Option(help="The most that one file holds.")] = "5GB",
+    seed: Annotated[int, typer.Option(help="Of everything drawn.")] = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a folder at OUT.")] = False,
+    task: Annotated[
+        str | None, typer.Option(help="CONFIG is what a method for one task at a time wrote: write this task's model.")
+    ] = None,
+) -> None:
+    """Merge models on disk into one, a tensor at a time; the same command goes on with a merge that was stopped."""
+    from folklora.merge.engine import merge_models, write_task
+
+    _hush()
+    if task is not None:
+        console.print(f"written: {write_task(config, task, out)}", soft_wrap=True)
+        return
+    display = _MergeDisplay()
+    try:
+        with display:
+            merge_models(
+                config, out, device=device, workers=workers, max_shard_size=max_shard_size, seed=seed,
+                overwrite=overwrite, progress=display.tell,
+            )  # fmt: skip
+    except KeyboardInterrupt:
+        Console(stderr=True).print("interrupted; the same command goes on where the merge was", style="yellow")
+        raise typer.Exit(130) from None
+    if display.said:
+        console.print(f"written: {out}  ({display.said})", soft_wrap=True)
+
+
+@app.command()
 def env() -> None:
     """Versions and devices, for a bug report."""
     import importlib.metadata
@@ -326,3 +369,33 @@ class _Display:
     def _on_row(self, method: str, index: int, row: list[float | None]) -> None:
         words = ["    –" if value is None else f"{value:5.1f}" for value in row]
         console.print(f"  after task {index + 1}:  " + "  ".join(words), highlight=False)
+
+
+class _MergeDisplay:
+    """Shows how far a merge is: tensors, bytes and the time that is left."""
+
+    def __init__(self) -> None:
+        self.bar = Progress(
+            TextColumn("merging"), BarColumn(), DownloadColumn(), TextColumn("{task.fields[note]}"),
+            TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal,
+        )  # fmt: skip
+        self.current = self.bar.add_task("", total=None, note="")
+        self.tensors, self.said = 0, ""
+
+    def __enter__(self) -> _MergeDisplay:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.bar.stop()
+
+    def tell(self, event: str, tensors: int, bytes: int, files: int = 0, left_out: tuple[str, ...] = ()) -> None:
+        """Take one event of `merge_models`."""
+        if left_out:
+            console.print(f"left out, since not every model has them: {', '.join(left_out)}", soft_wrap=True)
+        if event == "plan":
+            self.tensors = tensors
+            self.said = f"{tensors} tensors, {decimal(bytes)}, {files} file{'s' * (files > 1)}"
+            self.bar.update(self.current, total=bytes)
+        else:
+            self.bar.update(self.current, completed=bytes, note=f"{tensors} of {self.tensors} tensors")

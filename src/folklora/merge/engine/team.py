@@ -1,0 +1,65 @@
+"""The processes that share a merge: started here, or by torchrun."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from folklora.stream.files import read_json, write_json
+
+BEGUN = "begun.json"
+_POLL_SECONDS = 0.2
+
+
+def in_processes(work: Path, done: set[str], count: int, device: str, tell: Callable[[Iterable[str]], None]) -> None:
+    """Do what is left of a merge in `count` processes, and wait for them.
+
+    Raises:
+        ValueError: What one of them raised.
+        OSError: Likewise, or one was killed.
+    """
+    write_json(work / BEGUN, sorted(done))
+    environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // count))}
+    words = [sys.executable, "-m", "folklora.merge.engine.worker", str(work), device, str(count)]
+    for path in work.glob("error-*.json"):
+        path.unlink()
+    running = [subprocess.Popen([*words, str(rank)], env=environment) for rank in range(count)]
+    try:
+        while any(process.poll() is None for process in running):
+            if any(process.returncode for process in running):
+                break
+            time.sleep(_POLL_SECONDS)
+            tell(())
+    finally:
+        for process in running:
+            process.kill()
+            process.wait()
+    tell(())
+    for path in sorted(work.glob("error-*.json")):
+        error = read_json(path)
+        raise (ValueError if error["kind"] == "ValueError" else OSError)(error["message"])
+    failed = [process.returncode for process in running if process.returncode]
+    if failed:
+        raise OSError(f"a worker ended with code {failed[0]}; the same command goes on where the merge was")
+
+
+def torchrun_team(device: str) -> Any:
+    """What torchrun's processes share; None outside of it."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return None
+    from accelerate import PartialState
+
+    return PartialState(cpu=not device.startswith("cuda"))
+
+
+def together(team: Any) -> None:
+    """Wait for all of torchrun's processes."""
+    if team is not None:
+        team.wait_for_everyone()
