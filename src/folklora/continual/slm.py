@@ -59,8 +59,9 @@ class SLM(AdapterPerTask):
 
     When to choose:
         Nobody says which task a prompt belongs to, no old examples may be kept, and the tasks' texts differ. Tasks that
-        differ in their answers alone have the same keys and cannot be told apart. Each prompt is read twice, and the
-        result is no single weight: it neither merges nor exports. Where the task is known, `per-task` is better.
+        differ in their answers alone have the same keys and cannot be told apart, and a prompt that is like none of the
+        tasks is answered by the nearest one's values, in full. Each prompt is read twice, and the result is no single
+        weight: it neither merges nor exports. Where the task is known, `per-task` is better.
 
     Equation:
         S(q, k_p) = \frac{1}{G} \sum_{g=1}^{G} \cos(q_g, k_{p,g}), \quad I = \operatorname{top}_K(S)
