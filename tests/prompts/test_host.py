@@ -14,7 +14,7 @@ from transformers import MambaConfig, MambaForCausalLM
 
 from folklora import LoRA
 from folklora.prompts import PromptConfig, PromptPool, SoftPrompt, fold, prompts_of
-from folklora.stream.evaluate import rank_labels
+from folklora.stream.evaluate import _continues, _Reader, rank_labels
 
 CAUSAL = ["llama", "gpt2", "bloom", "mistral"]
 CLOSE: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-5}
@@ -93,7 +93,7 @@ def test_labels_are_ranked_as_after_tokens_whatever_the_batch(kind, prompted, ma
     torch.testing.assert_close(found, rank_labels(base, tiny_tokenizer, texts, labels), **CLOSE)
 
 
-def test_a_cache_is_continued_by_several_tokens(prompted, rows):
+def test_a_cache_is_continued_by_several_tokens(prompted, rows, tiny_tokenizer):
     model = prompted("llama")
     ids, mask = rows(left=True)
     more = torch.randint(2, 128, (3, 4), generator=torch.Generator().manual_seed(1))
@@ -101,6 +101,8 @@ def test_a_cache_is_continued_by_several_tokens(prompted, rows):
     whole = model(input_ids=torch.cat([ids, more], dim=1), attention_mask=both)
     first = model(input_ids=ids, attention_mask=mask, use_cache=True)
     assert first.past_key_values.get_seq_length() == 6 + 3
+    reader = _Reader.of(model, tiny_tokenizer)
+    assert _continues(first, 6 + reader.soft_positions), "labels are scored from the prompts' cache"
     then = model(input_ids=more, attention_mask=both, past_key_values=first.past_key_values)
     torch.testing.assert_close(then.logits, whole.logits[:, 6:], **CLOSE)
 
