@@ -96,6 +96,7 @@ def test_one_projection_alone() -> None:
     model = get_peft_model(Attends(), LoRA(r=3, target_parameters=["attention.out_proj.weight"]))
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
     assert len(trained) == 2
+    assert [(layer.in_features, layer.out_features) for layer in layers_of(model)] == [(WIDTH, 3 * WIDTH)]
     assert all(".out_proj_weight." in name for name in trained)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from folklora.adapters.base import AdapterConfig
+from folklora.adapters.host.call import CallContext
 from folklora.adapters.host.kinds import is_transposed, weight_at, weight_matrices, weight_names
 from folklora.adapters.host.layer import FolkloraLayer, evenly_spaced
 from folklora.adapters.host.stacks import StackUpdate, expanded, stacked
@@ -20,6 +21,11 @@ from folklora.adapters.host.stacks import StackUpdate, expanded, stacked
 
 class WeightsLayer(FolkloraLayer):
     """A module of several weights and their updates; each method sees one matrix [out, in] at a time."""
+
+    def __init__(self, base_layer: nn.Module, name: str, context: CallContext) -> None:
+        super().__init__(base_layer, name, context)
+        # PEFT asks every layer for them
+        self.out_features, self.in_features = weight_matrices(base_layer, weight_names(base_layer)[0]).shape[1:]
 
     def _new_update(self, config: AdapterConfig, waiting: bool) -> StackUpdate:
         base, stacks = self.get_base_layer(), {}
