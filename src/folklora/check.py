@@ -25,6 +25,7 @@ from folklora.adapters.host.export import export_lora
 from folklora.adapters.host.layer import layers_of, updates_of
 from folklora.adapters.kasa import KaSA
 from folklora.adapters.lora import LoRA
+from folklora.check_exceptions import EXCEPTIONS
 from folklora.check_layers import (
     check_attention,
     check_convolution,
@@ -45,87 +46,6 @@ from folklora.check_training import (
 )
 
 _BOTH = ["default", "other"]
-
-EXCEPTIONS: dict[tuple[str, str], str] = {
-    ("am-lora", "attention"): "its attention reads each layer's input, which torch's keeps inside",
-    ("am-lora", "convolution"): "its attention over adapters is defined on what enters a linear layer",
-    ("am-lora", "embedding"): "its attention reads values, and an embedding's input is numbers of tokens",
-    ("am-lora", "export"): "its attention reads each layer's input, and a LoRA is the same for every input",
-    ("am-lora", "merge"): "its attention reads each layer's input, so no single weight equals it",
-    ("am-lora", "unmerge"): "its attention reads each layer's input, so no single weight equals it",
-    ("am-lora", "weighted"): "its attention reads each layer's input, so its update is no matrix to be summed",
-    (
-        "codyra",
-        "attention",
-    ): "its importances and their count lie beside the weights, where a module of several has no room",
-    ("corda", "attention"): "it needs the covariance of each weight's input, which torch's attention keeps inside",
-    ("corda", "convolution"): "its covariance is that of the inputs of linear layers",
-    ("corda", "dropout"): "it trains components of the weight, and dropout would drop some of the base itself",
-    ("corda", "embedding"): "its covariance is that of the inputs of linear layers",
-    (
-        "diffora",
-        "attention",
-    ): "its modules compete by gates that they share, and a module of several weights has no room for them",
-    (
-        "generative-adapter",
-        "attention",
-    ): "its generator reads what enters a layer's block, and adapts linear layers in it",
-    ("generative-adapter", "convolution"): "its generator makes updates of linear layers",
-    (
-        "generative-adapter",
-        "dropout",
-    ): "its authors train without, and the host would drop what the generator's text wrote",
-    ("generative-adapter", "embedding"): "its generator makes updates of linear layers",
-    ("exssnet", "export"): "what it changes of a weight has full rank, and a LoRA would be as large; it merges",
-    ("generative-adapter", "export"): "each text has a LoRA of its own; Written.install gives one that exports",
-    ("generative-adapter", "merge"): "each text has a weight of its own; Written.install gives one that merges",
-    ("generative-adapter", "mixing"): "its layers read what enters their block, so that none can be called alone",
-    ("generative-adapter", "plain_module"): "its generator reads what enters the block of layers that a layer is in",
-    ("generative-adapter", "rows"): "while it is trained the rows of a batch are one text, and share the adapter",
-    ("generative-adapter", "unmerge"): "each text has a weight of its own; Written.install gives one that merges",
-    ("generative-adapter", "weighted"): "each text has a LoRA of its own; Written.install gives one that can be summed",
-    (
-        "kasa",
-        "start_at_base",
-    ): "it takes the noise out of the base from the first step on, as in the paper; truncate=0 leaves it",
-    (
-        "kind",
-        "attention",
-    ): "its gates read the class of each row, and all rows meet the same weights in torch's attention",
-    ("kind", "export"): "its gates read the class of each row, and a LoRA is the same for every row",
-    ("kind", "merge"): "its gates read the class of each row, so no single weight equals it",
-    ("kind", "unmerge"): "its gates read the class of each row, so no single weight equals it",
-    ("kind", "weighted"): "its gates read the class of each row, so its update is no matrix to be summed",
-    ("lora-sb", "attention"): "it needs the gradient of each weight, of which calibration sees only whole layers",
-    ("lora-sb", "start_at_base"): "its start is the first step of full training, as in the paper",
-    ("lora-xs", "start_at_base"): "its core starts at small random values, as in the paper; sigma=0 starts at the base",
-    ("pissa", "dropout"): "it trains components of the weight, and dropout would drop some of the base itself",
-    (
-        "randlora",
-        "attention",
-    ): "its layers share their random bases, and a module of several weights has no room for them",
-    ("smora", "attention"): "its router reads each layer's input, which torch's attention keeps inside",
-    ("smora", "convolution"): "its router chooses ranks for each position of a linear layer's input",
-    ("smora", "embedding"): "its router reads values, and an embedding's input is numbers of tokens",
-    ("smora", "export"): "its router reads each layer's input, and a LoRA is the same for every input",
-    ("lt-sft", "export"): "what it changes of a weight has full rank, and a LoRA would be as large; it merges",
-    ("smora", "merge"): "its router reads each layer's input, so no single weight equals it",
-    ("smora", "unmerge"): "its router reads each layer's input, so no single weight equals it",
-    ("smora", "weighted"): "its router reads each layer's input, so its update is no matrix to be summed",
-    ("soma", "dropout"): "it trains components of the weight, and dropout would drop some of the base itself",
-    ("vl-adapter", "attention"): "it stands behind a layer's output, which torch's attention keeps inside",
-    ("vl-adapter", "convolution"): "its bottleneck stands behind a sublayer's last linear layer",
-    ("vl-adapter", "dropout"): "its authors have none in the bottleneck",
-    ("vl-adapter", "embedding"): "its bottleneck stands behind a sublayer's last linear layer",
-    ("vl-adapter", "export"): "what it adds is no linear function of the layer's output, as a LoRA would be",
-    ("vl-adapter", "merge"): "what it adds is no linear function of the layer's output, so no weight equals it",
-    ("vl-adapter", "unmerge"): "what it adds is no linear function of the layer's output, so no weight equals it",
-    (
-        "vl-adapter",
-        "weighted",
-    ): "what it adds is no linear function of the layer's output, so it is no matrix to be summed",
-}
-"""(method, check) -> why the method cannot pass it; the check must then fail."""
 
 
 class ConformanceError(AssertionError):

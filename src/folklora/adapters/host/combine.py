@@ -57,7 +57,11 @@ def _layer_problems(layer: FolkloraLayer, names: list[str]) -> list[str]:
     if isinstance(layer, WeightsLayer) and names:
         return [f"the {layer.kind.name} '{layer.name}' has several weights, whose updates are not summed up here"]
     gated = [name for name in names if layer.folklora_updates[name].gated]
+    dense = [name for name in names if layer.folklora_updates[name].is_dense]
     return [
+        f"the update of adapter '{name}' on layer '{layer.name}' changes entries of the weight and has no low rank"
+        for name in dense
+    ] + [
         f"the update of adapter '{name}' on layer '{layer.name}' depends on {layer.folklora_updates[name].depends_on}, "
         "so it is no fixed matrix that could be summed"
         for name in gated

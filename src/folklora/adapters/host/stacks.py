@@ -76,7 +76,7 @@ class StackUpdate(Update):
     def placed(self, layer: Any, adapter_name: str) -> None:
         """Each stack's own: it may have to know what a call is told."""
         for name in self.names:
-            self.get_submodule(name).placed(layer, adapter_name)
+            self.stack(name).placed(layer, adapter_name)
 
     def pair(self, name: str, corrects: bool = True) -> tuple[Tensor, Tensor]:
         """The factors A [matrices, r, in] and B [matrices, out, r] of a stack, s folded into B.
