@@ -23,6 +23,8 @@ from typing import Any
 from jobs import file_name, records, work
 
 ORDERS = ("order1", "order2", "order3")
+# None leaves an option out
+WITHOUT_LORA: dict[str, Any] = {"r": None, "alpha": None, "dropout": None}
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "am-lora": ("am-lora", {}),
     "am-lora, token gate": ("am-lora", {"granularity": "token", "gate_init": "linear"}),
@@ -32,6 +34,17 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "replay 2 %": ("replay", {"memory": 0.02}),
     "per-task": ("per-task", {}),
     "multi-task": ("multi-task", {}),
+    "o-lora": ("o-lora", {}),
+    "ewc": ("ewc", {}),
+    "lwf": ("lwf", {}),
+    "slm": ("slm", {}),
+    "codyra": ("codyra", {"alpha": None}),
+    "adapt-infty": ("adapt-infty", {}),
+    "osft": ("osft", WITHOUT_LORA),
+    "lt-sft": ("lt-sft", WITHOUT_LORA),
+    "exssnet": ("exssnet", WITHOUT_LORA),
+    "progprompt": ("progprompt", {**WITHOUT_LORA, "target_modules": None}),
+    "l2p": ("l2p", {**WITHOUT_LORA, "target_modules": None}),
 }
 ORDER_FREE = ("per-task", "multi-task")
 LONGEST_TEXT = 1200  # characters; the question around the text is never cut
@@ -121,10 +134,11 @@ def learn_one(job: dict[str, Any], options: argparse.Namespace) -> tuple[dict[st
         "alpha": 32.0, "dropout": 0.1, "target_modules": targets, "max_length": 512, "eval_batch_size": 50,
         "group_by_length": True,
     }  # fmt: skip
+    chosen = {key: value for key, value in {**settings, **own}.items() if value is not None}
     tasks = load_order(options, job["order"], named=job["names"] == "named")
     with tempfile.TemporaryDirectory() as folder:
         run = learn(
-            options.model, tasks, method, out=Path(folder) / "run", options={**settings, **own}, seed=job["seed"],
+            options.model, tasks, method, out=Path(folder) / "run", options=chosen, seed=job["seed"],
             validation=job.get("validation", 0.0),
         )  # fmt: skip
         results = run.results
