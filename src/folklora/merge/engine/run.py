@@ -159,7 +159,7 @@ def compute(job: Job, step: Step, device: torch.device) -> tuple[Tensor, PerTask
     tensor = merged if parts is None else parts.base
     tensor = (tensor.mT if across else tensor).to(TYPES[step.form.dtype])
     values = [tensor, *([] if parts is None else parts.state().values())]
-    if not all(torch.isfinite(value).all() for value in values):
+    if not all(torch.isfinite(end) for value in values for end in _ends(value)):
         raise ValueError(f"{step.name}: {job.schema.name} gives values that are not finite in {tensor.dtype}")
     return tensor.to("cpu"), parts
 
@@ -180,10 +180,14 @@ def _read(job: Job, take: Take, device: torch.device) -> Tensor:
     tensor = job.models[take.model].read(take.key).to(device)
     # at once, so that what was read is not kept beside it
     tensor = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-    # a sum is finite unless an element is not, or it overflows; and it needs no memory
-    if not torch.isfinite(tensor.sum()) and bool(tensor.isnan().any()):
+    if any(end.isnan() for end in _ends(tensor)):
         raise ValueError(f"{take.model}: {take.key} holds NaN; the merge was stopped and nothing is left of it")
     return tensor
+
+
+def _ends(tensor: Tensor) -> tuple[Tensor, ...]:
+    """Its smallest and largest element, NaN if any is: found in one pass that needs no memory, unlike `isfinite`."""
+    return tuple(tensor.aminmax()) if tensor.numel() else ()
 
 
 def _generator(seed: int, name: str, model: Reference) -> torch.Generator:
