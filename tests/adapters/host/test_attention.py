@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 
 from folklora import AMLoRA, CorDA, KaSA, LoRA, PiSSA, RandLoRA, SVFit, calibrate, tiny
 from folklora.adapters.host.export import export_lora
@@ -90,6 +93,24 @@ def test_both_weights_of_an_attention_are_trained_saved_and_loaded(config: LoRA,
     with torch.no_grad():
         tiny.same(loaded(x), model.eval()(x), "loaded and saved")
         tiny.same(pickle.loads(pickle.dumps(model))(x), model(x), "pickled and saved")
+
+
+@pytest.fixture
+def one_process() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("config", METHODS, ids=lambda config: config.method)
+@torch.no_grad()
+def test_flat_parameters_of_fsdp_are_seen(config: LoRA, one_process: None) -> None:
+    """While they are whole, plain tensors lie over the parameters, of the attention and of its update."""
+    x = torch.randn(2, 5, WIDTH, generator=torch.Generator().manual_seed(2))
+    model = _moved(Attends(), config, target_modules=["attention"])
+    expected = model(x)
+    wrapped = FullyShardedDataParallel(model, use_orig_params=True, device_id="cpu")
+    tiny.close(wrapped(x), expected, 1e-6, "sharded and not")
 
 
 def test_one_projection_alone() -> None:

@@ -10,13 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from folklora.adapters.base import AdapterConfig
 from folklora.adapters.host.call import CallContext
 from folklora.adapters.host.kinds import is_transposed, weight_at, weight_matrices, weight_names
 from folklora.adapters.host.layer import FolkloraLayer, evenly_spaced
-from folklora.adapters.host.stacks import StackUpdate, expanded, stacked
+from folklora.adapters.host.stacks import StackUpdate, expanded, stacked, swapped_call
 
 
 class WeightsLayer(FolkloraLayer):
@@ -70,7 +69,7 @@ class WeightsLayer(FolkloraLayer):
             )
         self._check_in_place(x)
         weights = {key: self._adapted(key, names) for key in self._keys(names)}
-        return functional_call(self.base_layer, weights, (x, *args), kwargs)
+        return swapped_call(self.base_layer, weights, x, *args, **kwargs)
 
     def _check_in_place(self, x: Tensor) -> None:
         # what brings such weights in, just before the module's forward, would put them over the adapted ones
