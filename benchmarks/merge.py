@@ -200,7 +200,7 @@ def compare(asked: argparse.Namespace, root: Path, method: str, size: int) -> No
     """One method's rows."""
     config = root / f"{method}.yaml"
     config.write_text(yaml.safe_dump(request(root, method)))
-    own = [sys.executable, "-m", "folklora", "merge", str(config), "--device", asked.device, "--out"]
+    own = [sys.executable, "-m", "folklora", "merge", str(config), "--device", asked.device, "--overwrite", "--out"]
     contenders = {
         f"Folklora, {n} process{'es' * (n > 1)}": [*own, str(root / f"out-{n}"), "--workers", str(n)]
         for n in asked.workers
