@@ -11,6 +11,9 @@ from typing import Any
 from jobs import records
 
 GENERATED = ("e2e", "math")  # the tasks whose loss is worth a column
+# too many lines hide each other: those that begin with the weight's own spectrum, and what they are compared with
+CURVES = ("full-finetuning", "peft-lora", "kasa", "pissa", "sorsa", "corda", "lora-xs", "osft")
+SMOOTHED = 5  # neighbouring points of a curve that are averaged
 
 
 def write_report(out: Path, tasks: Sequence[str], methods: Sequence[str], rates: Sequence[float]) -> None:
@@ -23,7 +26,11 @@ def write_report(out: Path, tasks: Sequence[str], methods: Sequence[str], rates:
     print(text)
     if runs:
         _plot(out / "scores.svg", runs, tasks, shown, _draw_scores)
-        _plot(out / "losses.svg", runs, tasks, shown, _draw_losses)
+        curves = [method for method in CURVES if method in shown] or shown[: len(CURVES)]
+        low = sorted(rates)[min(1, len(rates) - 1)]
+        alike = [run for run in tuned if "refused" not in run and run["rate"] == low]
+        _plot(out / "losses.svg", runs, tasks, curves, _draw_losses)
+        _plot(out / "losses-at-one-rate.svg", alike, tasks, curves, _draw_losses)
 
 
 def _table(runs: list[dict], tasks: Sequence[str], methods: Sequence[str], rates: Sequence[float]) -> list[str]:
@@ -77,7 +84,7 @@ def _plot(path: Path, runs: list[dict], tasks: Sequence[str], methods: Sequence[
     from matplotlib import pyplot
 
     # the same drawing makes the same file
-    matplotlib.rcParams.update({"svg.hashsalt": "folklora", "font.size": 9})
+    matplotlib.rcParams.update({"svg.hashsalt": "folklora", "svg.fonttype": "none", "font.size": 9})
     figure, panels = pyplot.subplots(1, len(tasks), figsize=(3.2 * len(tasks), 4.6), squeeze=False)
     for task, axes in zip(tasks, panels[0], strict=True):
         axes.set_title(task)
@@ -85,7 +92,8 @@ def _plot(path: Path, runs: list[dict], tasks: Sequence[str], methods: Sequence[
         for i, method in enumerate(methods):
             own = [run for run in runs if (run["method"], run["task"]) == (method, task)]
             if own:
-                look = {"color": pyplot.get_cmap("tab20")(i % 20), "label": method}
+                # strong colours first, pale ones for the second ten
+                look = {"color": pyplot.get_cmap("tab20")(2 * i % 20 + i // 10 % 2), "label": method}
                 draw(axes, own, look, "osD^vP"[i % 6], ("-", "--", ":")[i // 20 % 3])
     handles = {label: h for axes in panels[0] for h, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     figure.tight_layout(rect=(0, 0.06 + 0.05 * (len(handles) // 9), 1, 1))
@@ -106,5 +114,6 @@ def _draw_losses(axes: Any, own: list[dict], look: dict, marker: str, line: str)
     curves = [dict(map(tuple, run["losses"])) for run in own]
     steps = sorted(set.intersection(*(set(curve) for curve in curves)))
     means = [statistics.mean(curve[step] for curve in curves) for step in steps]
-    axes.plot(steps, means, line, linewidth=1, **look)
-    axes.set(xlabel="step", ylabel="training loss")
+    smooth = [statistics.mean(means[max(0, i + 1 - SMOOTHED) : i + 1]) for i in range(len(means))]
+    axes.plot(steps, smooth, line, linewidth=1.2, **look)
+    axes.set(xlabel="step", ylabel="training loss", yscale="log")

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from folklora.stream.files import read_json, write_text
@@ -78,7 +77,7 @@ class Checkpoint:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.forms: dict[str, Form] = {}
-        self.places: dict[str, Path] = {}
+        self.places: dict[str, tuple[Path, int]] = {}
         index = folder / INDEX
         names = sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else [SINGLE]
         files = [folder / name for name in names]
@@ -86,8 +85,8 @@ class Checkpoint:
         if missing:
             raise self._without_weights(missing, index.is_file())
         for file in files:
-            for name, form in read_header(file).items():
-                self.forms[name], self.places[name] = form, file
+            for name, (form, begin) in _read_places(file).items():
+                self.forms[name], self.places[name] = form, (file, begin)
         self.files = files
 
     def _without_weights(self, missing: list[str], indexed: bool) -> Exception:
@@ -102,8 +101,12 @@ class Checkpoint:
         return FileNotFoundError(f"{self.folder} holds no {SINGLE} and no {INDEX}")
 
     def read(self, name: str) -> Tensor:
-        """One tensor, as it is stored."""
-        return read_tensor(self.places[name], name)
+        """One tensor, as it is stored.
+
+        Raises:
+            ValueError: The file has changed meanwhile.
+        """
+        return _read_at(*self.places[name], self.forms[name])
 
 
 def read_tensor(file: Path, name: str) -> Tensor:
@@ -112,12 +115,22 @@ def read_tensor(file: Path, name: str) -> Tensor:
     Raises:
         ValueError: The file is damaged.
     """
-    # opened anew each time: what is read of a mapped file counts as this process's memory until it is closed
-    try:
-        with safe_open(file, framework="pt") as opened:
-            return opened.get_tensor(name)
-    except SafetensorError as error:
-        raise ValueError(f"{file}: {name} cannot be read: {error}") from error
+    form, begin = _read_places(file)[name]
+    return _read_at(file, begin, form)
+
+
+def _read_at(file: Path, begin: int, form: Form) -> Tensor:
+    # read, not mapped: the pages of a mapped file count as this process's memory
+    values = torch.empty(form.bytes, dtype=torch.uint8)
+    left = memoryview(values.numpy())
+    with file.open("rb", buffering=0) as opened:
+        opened.seek(begin)
+        while left:
+            count = opened.readinto(left)
+            if not count:
+                raise ValueError(f"{file} has become shorter while it was read")
+            left = left[count:]
+    return values.view(TYPES[form.dtype]).reshape(form.shape)
 
 
 def read_header(file: Path) -> dict[str, Form]:
@@ -126,6 +139,10 @@ def read_header(file: Path) -> dict[str, Form]:
     Raises:
         ValueError: The file is damaged, or holds a type that is not known.
     """
+    return {name: form for name, (form, _) in _read_places(file).items()}
+
+
+def _read_places(file: Path) -> dict[str, tuple[Form, int]]:
     size = file.stat().st_size
     try:
         with file.open("rb") as opened:
@@ -141,7 +158,13 @@ def read_header(file: Path) -> dict[str, Form]:
     strange = next((name for name in ordered if entries[name]["dtype"] not in TYPES), None)
     if strange is not None:
         raise ValueError(f"{file}: {strange} is stored as {entries[strange]['dtype']}, which cannot be merged")
-    return {name: Form(entries[name]["dtype"], tuple(entries[name]["shape"])) for name in ordered}
+    start, found = _LENGTH.size + length, {}
+    for name in ordered:
+        (begin, end), form = entries[name]["data_offsets"], Form(entries[name]["dtype"], tuple(entries[name]["shape"]))
+        if form.bytes != end - begin:
+            raise ValueError(f"{file} is damaged: {name} has {end - begin} bytes, and its shape asks for {form.bytes}")
+        found[name] = form, start + begin
+    return found
 
 
 @dataclass(frozen=True)
