@@ -186,9 +186,9 @@ class AdapterConfig(PeftConfig):
         method: The method's name; chooses the class when a saved configuration is read.
         target_modules: Names or name endings of the layers to adapt, a regular expression, or "all-linear";
             None takes PEFT's choice for the architecture (query and value projections for most).
-        target_parameters: Names or name endings of three-dimensional mixture-of-experts weights to adapt, such as
-            "experts.down_proj". An experts module named in `target_modules` has all of its weights adapted, unless
-            this names some of them.
+        target_parameters: Names or name endings of weights to adapt, such as "experts.down_proj" of
+            mixture-of-experts weights in three dimensions, or "q_proj.weight". An experts module named in
+            `target_modules` has all of its weights adapted, unless this names some of them.
         exclude_modules: Layers that are left alone though `target_modules` names them.
         layers_to_transform: Indices of the blocks to adapt; None takes all.
         layers_pattern: Name of the list of blocks, where `layers_to_transform` is given and PEFT does not know it.

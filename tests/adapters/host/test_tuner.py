@@ -94,6 +94,15 @@ def test_an_adapter_beside_tied_embeddings_merges() -> None:
     tiny.close(tiny.logits(model.merge_and_unload()), before, 1e-5, "the logits merged and unmerged")
 
 
+def test_a_layer_can_be_named_by_its_weight(tmp_path: Path) -> None:
+    named = tiny.trained(LoRA(r=2, target_parameters=["q_proj.weight", "embed_tokens.weight"]))
+    whole = tiny.trained(LoRA(r=2, target_modules=["q_proj", "embed_tokens"]))
+    assert torch.equal(tiny.logits(named), tiny.logits(whole))
+    named.save_pretrained(tmp_path / "named")
+    loaded = PeftModel.from_pretrained(tiny.llama(), tmp_path / "named")
+    assert torch.equal(tiny.logits(loaded), tiny.logits(whole))
+
+
 def test_a_target_that_matches_nothing_lists_what_exists() -> None:
     with pytest.raises(ValueError, match=r"\['c_attn'\] matches no layer of LlamaForCausalLM; layers that can be") as e:
         get_peft_model(tiny.llama(), LoRA(target_modules=["c_attn"]))

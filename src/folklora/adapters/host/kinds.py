@@ -245,6 +245,11 @@ def is_attention(base: nn.Module) -> bool:
     return isinstance(base, nn.MultiheadAttention) and type(base).forward is nn.MultiheadAttention.forward
 
 
+def in_attention(base: nn.Module) -> bool:
+    """Whether a layer is a part of torch's attention, which reads its weight without calling it."""
+    return isinstance(base, NonDynamicallyQuantizableLinear)
+
+
 def weight_names(base: nn.Module) -> list[str]:
     """Names of the weights of a module that has several: an attention's projections, or one a stack of experts.
 

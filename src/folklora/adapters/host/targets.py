@@ -8,12 +8,11 @@ from dataclasses import replace
 
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
 from torch import nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from folklora.adapters.base import AdapterConfig, Update
-from folklora.adapters.host.kinds import LINEAR, TRANSPOSED, Kind, kind_of, weight_matrices, weight_names
+from folklora.adapters.host.kinds import LINEAR, TRANSPOSED, Kind, in_attention, kind_of, weight_matrices
 from folklora.adapters.host.layer import FolkloraLayer
-from folklora.adapters.host.weights import chosen_weights, is_named
+from folklora.adapters.host.weights import chosen_weights, is_named, own_weights
 
 
 def target_problems(config: AdapterConfig, name: str, base: nn.Module) -> list[str]:
@@ -38,16 +37,12 @@ def all_linear(config: AdapterConfig, model: nn.Module) -> list[str]:
     except (AttributeError, NotImplementedError):
         head = None
     # a part of torch's attention is adapted with the whole
-    chosen = {name.rpartition(".")[0] if _in_attention(model.get_submodule(name)) else name for name in chosen}
+    chosen = {name.rpartition(".")[0] if in_attention(model.get_submodule(name)) else name for name in chosen}
     # PEFT knows a layer that is adapted already only by a class name with "Linear" in it
     for name, module in model.named_modules():
         if isinstance(module, FolkloraLayer) and module is not head and module.kind in (LINEAR, TRANSPOSED):
             chosen.add(name)
     return sorted(chosen)
-
-
-def _in_attention(module: nn.Module) -> bool:
-    return isinstance(module, NonDynamicallyQuantizableLinear)
 
 
 def bare(module: nn.Module) -> nn.Module:
@@ -56,9 +51,9 @@ def bare(module: nn.Module) -> nn.Module:
 
 
 def named_weights(config: AdapterConfig, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The modules of several weights of which `target_parameters` names one."""
+    """The modules of which `target_parameters` names a weight."""
     for name, module in model.named_modules():
-        keys = weight_names(bare(module)) if config.target_parameters and ".base_layer" not in name else ()
+        keys = own_weights(bare(module)) if config.target_parameters and ".base_layer" not in name else ()
         if any(is_named(f"{name}.{key}", config.target_parameters) for key in keys):
             yield name, module
 
@@ -90,9 +85,7 @@ def _unstackable(config: AdapterConfig, update: Update, what: str) -> list[str]:
     if update.gated or update.is_function:
         return [f"{config.method} reads each layer's input, which is hidden inside {what}: leave that out"]
     if update.is_dense:
-        return [
-            f"{config.method} changes single entries of weights, for which there is no room in {what}: leave that out"
-        ]
+        return [f"{config.method} changes entries of weights, for which there is no room in {what}: leave that out"]
     if type(config).shared is not AdapterConfig.shared or next(update.buffers(), None) is not None:
         return [
             f"{config.method} keeps more than each weight's own parameters, for which there is no room in {what}: "
@@ -108,13 +101,11 @@ def without_match(config: AdapterConfig, model: nn.Module) -> list[str]:
         names = [name for name, _ in model.named_modules()]
         lost = [target for target in config.target_modules if not any(is_named(n, [target]) for n in names)]
         problems += [f"target module '{target}' matches no layer; {_candidates(model)}" for target in lost]
-    known = [f"{name}.{key}" for name, module in model.named_modules() for key in weight_names(module)]
+    known = [f"{name}.{key}" for name, module in model.named_modules() for key in own_weights(module)]
     for target in config.target_parameters or []:
         if not any(is_named(name.replace(".base_layer", ""), [target]) for name in known):
-            there = ", ".join(sorted({name.rpartition(".")[2] for name in known})) or "none"
-            problems.append(
-                f"target parameter '{target}' matches no experts and no attention; their parameters here: {there}"
-            )
+            there = ", ".join(sorted({".".join(name.split(".")[-2:]) for name in known})) or "none"
+            problems.append(f"target parameter '{target}' matches no weight; weights here: {there}")
     return problems
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from folklora.adapters.base import AdapterConfig
 from folklora.adapters.host.call import CallContext
-from folklora.adapters.host.kinds import is_transposed, weight_at, weight_matrices, weight_names
+from folklora.adapters.host.kinds import in_attention, is_transposed, weight_at, weight_matrices, weight_names
 from folklora.adapters.host.layer import FolkloraLayer, evenly_spaced
 from folklora.adapters.host.stacks import StackUpdate, expanded, stacked, swapped_call
 
@@ -114,9 +114,17 @@ class WeightsLayer(FolkloraLayer):
         return adapter_name not in self.folklora_updates
 
 
+def own_weights(base: nn.Module) -> list[str]:
+    """Names of the weights of a module that can be named one by one: of several, or "weight" where there is one."""
+    if in_attention(base):
+        return []
+    weight = base._parameters.get("weight")
+    return weight_names(base) or (["weight"] if weight is not None and weight.dim() > 1 else [])
+
+
 def chosen_weights(base: nn.Module, name: str, config: AdapterConfig) -> list[str]:
-    """The weights of a module of several that a configuration names; all if it names none."""
-    keys = weight_names(base)
+    """The weights of a module that a configuration names; all if it names none."""
+    keys = own_weights(base)
     if not config.target_parameters:
         return keys
     return [key for key in keys if is_named(f"{name}.{key}", config.target_parameters)]
