@@ -28,6 +28,7 @@ from folklora.adapters.lora import LoRA
 from folklora.check_exceptions import EXCEPTIONS
 from folklora.check_layers import (
     check_attention,
+    check_base_values,
     check_convolution,
     check_dropout,
     check_embedding,
@@ -294,6 +295,7 @@ CHECKS: dict[str, Callable[[AdapterConfig], None]] = {
         check_convolution,
         check_attention,
         check_weighted,
+        check_base_values,
     )
 }
 """Every check by its name."""

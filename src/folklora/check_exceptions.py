@@ -23,6 +23,7 @@ _REASONS: dict[str, dict[str, str]] = {
     },
     "diffora": {
         "attention": "its modules compete by gates that they share, for which a module of several weights has no room",
+        "base_values": "what its layers share lies at the model's root, where PEFT looks for no adapter's values",
     },
     "exssnet": {
         "attention": "it changes entries of each weight, for which a module of several has no room",
@@ -72,6 +73,7 @@ _REASONS: dict[str, dict[str, str]] = {
     },
     "randlora": {
         "attention": "its layers share their random bases, and a module of several weights has no room for them",
+        "base_values": "what its layers share lies at the model's root, where PEFT looks for no adapter's values",
     },
     "smora": {
         "attention": "its router reads each layer's input, which torch's attention keeps inside",

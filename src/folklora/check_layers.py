@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import peft
 import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from folklora import tiny
 from folklora.adapters.base import AdapterConfig
 from folklora.adapters.lora import LoRA
+from folklora.check_training import NotHereError
 
 _WIDTH, _BOTH = 32, ["default", "other"]
 
@@ -89,6 +91,17 @@ def check_weighted(config: AdapterConfig) -> None:
     model.add_weighted_adapter(_BOTH, [1.0, 1.0], "sum", combination_type="cat")
     model.set_adapter("sum")
     tiny.close(tiny.logits(model), both, 1e-5, "the logits of the sum and of both at once")
+
+
+def check_base_values(config: AdapterConfig) -> None:
+    """What PEFT lists as the base's values are those of the base, and no others."""
+    if not hasattr(peft, "get_base_model_state_dict"):
+        raise NotHereError("this version of PEFT does not list the base's values")
+    found, base = peft.get_base_model_state_dict(tiny.trained(_own(config))), tiny.llama().state_dict()
+    more = sorted(set(found) ^ set(base))
+    tiny.require(not more, f"{', '.join(more[:3])} is the base's or the adapter's, and PEFT says otherwise")
+    for name, value in found.items():
+        tiny.same(value, base[name], f"the base's {name}")
 
 
 def _own(config: AdapterConfig, **options: Any) -> AdapterConfig:
