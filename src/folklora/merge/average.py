@@ -13,6 +13,7 @@ from folklora.merge.deltas import mixed
 @merging(
     paper="Wortsman et al. 2022, arXiv 2203.05482",
     trains="nothing: the weighted mean of the models",
+    by_entry=True,
 )
 def average(
     models: Sequence[Tensor], base: None = None, *, weight: Sequence[float] = (1.0,), normalize: bool = True

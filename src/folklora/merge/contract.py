@@ -73,12 +73,14 @@ class PerTask(ABC):
         return self.base + self.delta(task)
 
 
-def merging(paper: str, trains: str) -> Callable[[Merge], Merge]:
+def merging(paper: str, trains: str, by_entry: bool = False) -> Callable[[Merge], Merge]:
     """Make a function a merging method: give it its source, and check and cast what it is called with.
 
     Args:
         paper: Its source, in one line.
         trains: What of the models goes into the merged one, in a few words.
+        by_entry: Whether each entry of the result depends on that entry of the models alone, so that a large tensor can
+            be merged in parts.
     """
 
     def decorate(function: Merge) -> Merge:
@@ -97,7 +99,7 @@ def merging(paper: str, trains: str) -> Callable[[Merge], Merge]:
                 given[name] = _cast(function.__name__, name, given[name], kind, count, dtype)
             return function(*bound.args, **bound.kwargs)
 
-        method.paper, method.trains = paper, trains
+        method.paper, method.trains, method.by_entry = paper, trains, by_entry
         return method
 
     return decorate

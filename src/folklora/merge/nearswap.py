@@ -13,6 +13,7 @@ from folklora.merge.deltas import check_count
 @merging(
     paper="alchemonaut 2024, in arXiv 2403.13257's toolkit",
     trains="nothing: the delta, cut to ± t",
+    by_entry=True,
 )
 def nearswap(models: Sequence[Tensor], base: Tensor, *, t: float) -> Tensor:
     r"""NearSwap: go from the base to one other model, but no further than t in any entry.

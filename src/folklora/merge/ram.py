@@ -14,6 +14,7 @@ from folklora.merge.deltas import deltas
 @merging(
     paper="Yuan et al. 2026, arXiv 2601.13572",
     trains="nothing: each entry's mean over the models that changed it",
+    by_entry=True,
 )
 def ram(models: Sequence[Tensor], base: Tensor, *, epsilon: float = 1e-5) -> Tensor:
     r"""Reinforced agent merging: each entry's mean over the models that changed it.

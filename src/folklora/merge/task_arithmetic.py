@@ -13,6 +13,7 @@ from folklora.merge.deltas import deltas, mixed
 @merging(
     paper="Ilharco et al. 2023, arXiv 2212.04089",
     trains="nothing: the sum of the models' deltas",
+    by_entry=True,
 )
 def task_arithmetic(
     models: Sequence[Tensor],

@@ -100,13 +100,18 @@ class Checkpoint:
             )
         return FileNotFoundError(f"{self.folder} holds no {SINGLE} and no {INDEX}")
 
-    def read(self, name: str) -> Tensor:
-        """One tensor, as it is stored.
+    def read(self, name: str, rows: slice | None = None) -> Tensor:
+        """One tensor, as it is stored, or some rows of it.
 
         Raises:
             ValueError: The file has changed meanwhile.
         """
-        return _read_at(*self.places[name], self.forms[name])
+        (file, begin), form = self.places[name], self.forms[name]
+        if rows is not None:
+            start, stop, _ = rows.indices(form.shape[0])
+            begin += start * (form.bytes // form.shape[0])
+            form = Form(form.dtype, (stop - start, *form.shape[1:]))
+        return _read_at(file, begin, form)
 
 
 def read_tensor(file: Path, name: str) -> Tensor:

@@ -109,19 +109,24 @@ class Model:
         if adapter is not None:
             self._over = self._written_over(adapter)
 
-    def read(self, key: str) -> Tensor:
-        """One tensor, with what the adapter changes in it."""
-        if self._over is not None and key in self._over.changed:
-            return self._over.read(key, self._stored)
-        return self._stored(key)
+    def adapts(self, key: str) -> bool:
+        """Whether the adapter changes a tensor."""
+        return self._over is not None and key in self._over.changed
+
+    def read(self, key: str, rows: slice | None = None) -> Tensor:
+        """One tensor, or some rows of it, with what the adapter changes in it."""
+        if self.adapts(key):
+            whole = self._over.read(key, self._stored)
+            return whole if rows is None else whole[rows]
+        return self._stored(key, rows)
 
     def files(self) -> list[Path]:
         """What its tensors are read from."""
         more = [] if self.adapter_folder is None else sorted(self.adapter_folder.glob("adapter_*"))
         return [*self.checkpoint.files, *more]
 
-    def _stored(self, key: str) -> Tensor:
-        return self.checkpoint.read(self.layout.names[key])
+    def _stored(self, key: str, rows: slice | None = None) -> Tensor:
+        return self.checkpoint.read(self.layout.names[key], rows)
 
     def _layout(self) -> Layout:
         names: dict[str, str] = {}

@@ -25,6 +25,7 @@ from folklora.merge.engine.vocabulary import arranged
 from folklora.stream.files import read_json, replace_folder, write_json
 
 Progress = Callable[..., None]
+PART = 2**24  # elements that are merged at a time where a method takes each by itself
 
 
 def merge_models(
@@ -146,7 +147,24 @@ def compute(job: Job, step: Step, device: torch.device) -> tuple[Tensor, PerTask
     """
     if step.copied:
         return job.models[step.models[0].model].read(step.models[0].key), None
-    read = {take: _read(job, take, device) for take in step.takes()}
+    shape = step.form.shape
+    if _in_parts(job, step):
+        rows = max(1, PART // (step.form.count // shape[0]))
+        merged = torch.empty(shape, dtype=TYPES[step.form.dtype])
+        for part in (slice(start, start + rows) for start in range(0, shape[0], rows)):
+            merged[part] = _compute(job, step, device, part)[0]
+        return merged, None
+    return _compute(job, step, device)
+
+
+def _in_parts(job: Job, step: Step) -> bool:
+    """Whether a tensor is merged some rows at a time: memory then holds no more of its inputs than these."""
+    plain = not step.by_token and not any(job.models[take.model].adapts(take.key) for take in step.takes())
+    return plain and job.schema.function.by_entry and step.form.count > PART
+
+
+def _compute(job: Job, step: Step, device: torch.device, rows: slice | None = None) -> tuple[Tensor, PerTask | None]:
+    read = {take: _read(job, take, device, rows) for take in step.takes()}
     if step.by_token:
         ordered = arranged({take.model: tensor for take, tensor in read.items()}, job.vocabulary.rows, job.plan.donor)
         read = {take: ordered[take.model] for take in read}
@@ -176,8 +194,8 @@ def _merged(job: Job, step: Step, read: Mapping[Take, Tensor], device: torch.dev
     return job.schema.function([read[take] for take in step.models], base, **arguments)
 
 
-def _read(job: Job, take: Take, device: torch.device) -> Tensor:
-    tensor = job.models[take.model].read(take.key).to(device)
+def _read(job: Job, take: Take, device: torch.device, rows: slice | None = None) -> Tensor:
+    tensor = job.models[take.model].read(take.key, rows).to(device)
     # at once, so that what was read is not kept beside it
     tensor = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
     if any(end.isnan() for end in _ends(tensor)):
