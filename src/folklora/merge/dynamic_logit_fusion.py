@@ -87,7 +87,7 @@ class DynamicLogitFusion(LogitsProcessor):
     vocabulary: int | None = None
     alpha_max: float = 2.0
     objective: Objective = "symmetric"
-    tolerance: float = 1e-4
+    tolerance: float = 1e-5
 
     def __post_init__(self) -> None:
         if self.objective not in get_args(Objective):
@@ -238,7 +238,7 @@ def transfer(
     *,
     alpha_max: float = 2.0,
     objective: Objective = "symmetric",
-    tolerance: float = 1e-4,
+    tolerance: float = 1e-5,
 ) -> tuple[Tensor, Tensor]:
     """The α [...] of one specialist that moves the large model as far as the targets say, and the objective there.
 
@@ -279,7 +279,7 @@ def fusion_weights(
     *,
     alpha_max: float = 2.0,
     objective: Objective = "symmetric",
-    tolerance: float = 1e-4,
+    tolerance: float = 1e-5,
 ) -> Tensor:
     """α*, [..., specialists], of which at most one is not 0.
 
