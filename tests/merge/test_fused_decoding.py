@@ -12,7 +12,15 @@ from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import Tensor, nn
-from transformers import LlamaForCausalLM, LogitsProcessor, PreTrainedTokenizerFast
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaForCausalLM,
+    LogitsProcessor,
+    MambaConfig,
+    MambaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from folklora.adapters import AMLoRA, KaSA
 from folklora.merge import DynamicLogitFusion
@@ -27,6 +35,7 @@ MODES = {
     "beams": {"do_sample": False, "num_beams": 3, "num_return_sequences": 2},
     "sampled beams": {"do_sample": True, "num_beams": 2},
     "several": {"do_sample": True, "num_return_sequences": 3},
+    "ending": {"do_sample": True, "eos_token_id": list(range(40, 90))},
     "banned": {"do_sample": False, "suppress_tokens": list(range(5, 60)), "repetition_penalty": 1.3},
 }
 
@@ -203,9 +212,36 @@ def test_a_text_that_goes_on_after_an_answer_keeps_its_mask(large, small, tuned,
     same(generated(large, longer, fusion), generated(large, longer, Anew(longer[1], models)))
 
 
+@pytest.mark.parametrize("kind", ["learned positions", "no cache of keys"])
+def test_other_architectures_are_read_rightly(large, prompt, kind):
+    sizes = {"vocab_size": 128, "initializer_range": 0.15, "bos_token_id": None, "eos_token_id": None}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        if kind == "learned positions":
+            small = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=16, **sizes)).eval()
+        else:
+            small = MambaForCausalLM(MambaConfig(hidden_size=32, num_hidden_layers=2, state_size=4, **sizes)).eval()
+    tuned = moved(copy.deepcopy(small), 1)
+    expected = generated(large, prompt, Anew(prompt[1], [reads(small), reads(tuned)]), **MODES["beams"])
+    passes = shapes_read(small)
+    fusion = DynamicLogitFusion(large, small, [tuned], tolerance=EXACT).start(prompt[1])
+    same(generated(large, prompt, fusion, **MODES["beams"]), expected)
+    continued = kind == "learned positions"
+    assert passes == [(6, 5), *[(6, 1 if continued else n) for n in range(6, 11)]]
+
+
+def test_guesses_that_are_taken_back_are_read_again(large, small, tuned):
+    ids = torch.tensor([[7, 8, 9, 7, 8, 9, 7, 8]])
+    fusion = DynamicLogitFusion(large, small, tuned, tolerance=EXACT)
+    plain = generated(large, (ids, torch.ones_like(ids)), fusion)
+    guessed = generated(large, (ids, torch.ones_like(ids)), fusion, prompt_lookup_num_tokens=3)
+    same(guessed, plain)
+
+
 def test_padding_after_the_shared_vocabulary_is_never_said(tiny_llama, small, tuned, prompt):
     large = tiny_llama(1, vocab_size=136, initializer_range=0.15, eos_token_id=None)
-    fusion = DynamicLogitFusion(large, small, tuned, vocabulary=128).start(prompt[1])
+    wider = tiny_llama(3, vocab_size=130, initializer_range=0.15)
+    fusion = DynamicLogitFusion(large, small, [*tuned, wider], vocabulary=128).start(prompt[1])
     found = generated(large, prompt, fusion)
     for score in found.scores:
         assert score.shape == (2, 136)

@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.linalg import vecdot
 from transformers import LogitsProcessor, PreTrainedTokenizerBase
 
 from folklora.merge.next_logits import NextLogits, padding_tokens, readers_of, shared_vocabulary, vocabulary_size
@@ -94,10 +95,11 @@ class DynamicLogitFusion(LogitsProcessor):
             raise ValueError(f"objective is {self.objective!r}, but must be one of {', '.join(get_args(Objective))}")
         if not self.alpha_max > 0 or not self.tolerance > 0:
             raise ValueError(f"alpha_max and tolerance must be above 0, but are {self.alpha_max} and {self.tolerance}")
-        self.next_logits = NextLogits(readers_of(self.small, self.specialists))
+        readers = readers_of(self.small, self.specialists)
         models = {"the large model": self.large, "the small base": self.small}
         models |= {f"specialist {i}": s for i, s in enumerate(self.specialists, 1) if not isinstance(s, str)}
         self.shared = shared_vocabulary(models, self.vocabulary, self.tokenizers)
+        self.next_logits = NextLogits(readers, self.shared)
         self.padding = padding_tokens([self.large, self.small])
         self.alpha: Tensor | None = None
         self.start()
@@ -126,7 +128,7 @@ class DynamicLogitFusion(LogitsProcessor):
                 f"the large model named has {size} tokens, and the one that generates {scores.shape[1]}: name the "
                 "model that generates"
             )
-        logits = self.next_logits(input_ids, self._mask(input_ids)).to(scores.device)[..., : self.shared]
+        logits = self.next_logits(input_ids, self._mask(input_ids)).to(scores.device)
         large = scores[:, : self.shared]
         change = Shift.between(logits[0], logits[1:], banned=large.isneginf())
         limits = {"alpha_max": self.alpha_max, "objective": self.objective, "tolerance": self.tolerance}
@@ -219,14 +221,21 @@ def divergences(large: Tensor, delta: Tensor, alpha: Tensor) -> Divergences:
         delta: Δ, [..., vocabulary].
         alpha: [...].
     """
+    return _divergences(*_direction(large, delta), alpha)
+
+
+def _direction(large: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+    """log P, and Δ without its mean over P: a constant changes nothing, and both divergences lose fewer digits."""
     start = large.log_softmax(dim=-1)
-    # a constant in Δ changes nothing, and without it both divergences lose fewer digits
-    delta = delta - (start.exp() * delta).sum(dim=-1, keepdim=True)
+    return start, delta - vecdot(start.exp(), delta).unsqueeze(-1)
+
+
+def _divergences(start: Tensor, delta: Tensor, alpha: Tensor) -> Divergences:
     moved = start + alpha.unsqueeze(-1) * delta
     log_sum = moved.logsumexp(dim=-1)
     after = (moved - log_sum.unsqueeze(-1)).exp()
-    mean = (after * delta).sum(dim=-1)
-    variance = (after * (delta - mean.unsqueeze(-1)).square()).sum(dim=-1)
+    mean = vecdot(after, delta)
+    variance = vecdot(after, (delta - mean.unsqueeze(-1)).square())
     return Divergences(alpha * mean - log_sum, log_sum, alpha * variance, mean)
 
 
@@ -252,8 +261,11 @@ def transfer(
         tolerance: How exactly α is found.
     """
 
+    start, delta = _direction(large, delta)
+
     def at(alpha: Tensor) -> tuple[Tensor, Tensor]:
-        found = divergences(large, delta, alpha)
+        """The objective, and half its slope."""
+        found = _divergences(start, delta, alpha)
         in_f = found.f - forward if objective != "reverse" else torch.zeros_like(alpha)
         in_r = found.r - reverse if objective != "forward" else torch.zeros_like(alpha)
         return in_f.square() + in_r.square(), in_f * found.f_slope + in_r * found.r_slope

@@ -23,10 +23,11 @@ class NextLogits:
 
     Args:
         readers: The models.
+        vocabulary: How many tokens they share; logits after those are padding and left out.
     """
 
-    def __init__(self, readers: Sequence[Reader]) -> None:
-        self.readers = list(readers)
+    def __init__(self, readers: Sequence[Reader], vocabulary: int) -> None:
+        self.readers, self.vocabulary = list(readers), vocabulary
         self.tokens: Tensor | None = None
         self.mask: Tensor | None = None
 
@@ -46,7 +47,7 @@ class NextLogits:
         parents = self._parents(tokens, mask)
         # a pass that fails leaves caches of unlike lengths behind
         self.tokens = None
-        logits = [reader(tokens, mask, parents).to(tokens.device) for reader in self.readers]
+        logits = [reader(tokens, mask, parents)[..., : self.vocabulary].to(tokens.device) for reader in self.readers]
         self.tokens, self.mask = tokens.clone(), mask
         return torch.cat(logits)
 
