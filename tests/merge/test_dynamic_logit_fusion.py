@@ -85,6 +85,13 @@ def test_alpha_of_0_is_the_large_model_bit_for_bit(logits):
         assert torch.equal(fuse(large, change, torch.zeros(3, 2, dtype=dtype)), large.log_softmax(-1))
 
 
+def test_alpha_of_1_everywhere_is_proxy_tuning(logits):
+    large, small, specialists = logits(12, (3,), 2)
+    expected = (large + specialists.sum(0) - 2 * small).softmax(-1)
+    found = fuse(large, Shift.between(small, specialists), torch.ones(3, 2, dtype=torch.float64))
+    torch.testing.assert_close(found.exp(), expected)
+
+
 def test_a_large_model_that_is_the_small_base_becomes_the_specialist(logits):
     _, small, specialists = logits(1, (4,))
     change = Shift.between(small, specialists)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -193,7 +194,21 @@ def test_a_large_model_that_is_the_small_base_decodes_as_the_specialist(small, t
     torch.testing.assert_close(fusion.alpha, torch.ones(2, 1), atol=1e-3, rtol=0)
 
 
-@pytest.mark.parametrize("length", [1, 2, 40])
+def test_a_large_model_says_what_a_small_one_was_taught(large, small):
+    text = torch.tensor([[9, 17, 33, 64, 101] * 4])
+    tuned = copy.deepcopy(small).train()
+    optimizer = torch.optim.AdamW(tuned.parameters(), lr=0.01)
+    for _ in range(30):
+        optimizer.zero_grad()
+        tuned(text, labels=text).loss.backward()
+        optimizer.step()
+    fusion = DynamicLogitFusion(large, small, [tuned.eval()])
+    start = text[:, :7], torch.ones(1, 7, dtype=torch.long)
+    assert torch.equal(generated(large, start, fusion).sequences, text[:, :13])
+    assert not torch.equal(generated(large, start, None).sequences, text[:, :13])
+
+
+@pytest.mark.parametrize("length", [1, 40])
 def test_prompts_of_any_length_and_one_after_another(large, small, tuned, length):
     fusion = DynamicLogitFusion(large, small, tuned, tolerance=EXACT)
     models = [reads(model) for model in (small, *tuned)]
@@ -272,6 +287,12 @@ def test_vocabularies_that_differ_are_refused_before_anything_runs(tiny_llama, t
     missing = repr(tiny_tokenizer.convert_ids_to_tokens(100))
     with pytest.raises(ValueError, match=f"token 100 is {missing} for the first tokenizer and None for number 2"):
         DynamicLogitFusion(large, small, tuned, tokenizers=[tiny_tokenizer, fewer])
+
+
+def test_example_of_the_docstring_runs(capsys):
+    example = inspect.cleandoc(DynamicLogitFusion.__doc__).partition("\nExample:\n")[2].partition("\nArgs:\n")[0]
+    exec(inspect.cleandoc(example), {"__name__": "__main__"})
+    assert capsys.readouterr().out.count("tensor(") == 2
 
 
 def test_models_that_cannot_be_read_are_refused(tiny_t5, large, small, tuned):
