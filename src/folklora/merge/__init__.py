@@ -1,6 +1,7 @@
 """Many models into one: a method is a function of the tensors of one name; `contract.py` says what of.
 
-`folklora.merge.factors` merges adapters in LoRA's form without building their dense updates.
+`folklora.merge.factors` merges adapters in LoRA's form without building their dense updates. `DynamicLogitFusion` joins
+models not by their weights but by what they say next, while they decode.
 """
 
 from folklora.merge.average import average
@@ -8,6 +9,7 @@ from folklora.merge.breadcrumbs import breadcrumbs, breadcrumbs_ties
 from folklora.merge.contract import PerTask
 from folklora.merge.dare import dare_linear, dare_ties
 from folklora.merge.della import della, della_linear
+from folklora.merge.dynamic_logit_fusion import DynamicLogitFusion
 from folklora.merge.emr import common_scale, emr
 from folklora.merge.fisher import fisher
 from folklora.merge.iso_c import iso_c
@@ -29,6 +31,7 @@ from folklora.merge.tsv_m import tsv_m
 from folklora.merge.wudi import wudi, wudi_closed_form
 
 __all__ = [
+    "DynamicLogitFusion",
     "PerTask",
     "average",
     "breadcrumbs",
