@@ -78,7 +78,8 @@ class ATLAS(AdapterConfig):
 
     Args:
         target_modules: As for every adapter; None takes the layers that the adapters change, or all linear layers.
-        vectors: Name → an adapter's folder, a checkpoint's folder, or a safetensors file of a model.
+        vectors: Name → an adapter's folder, a checkpoint's folder, or a safetensors file of a model; put in the names'
+            order.
         isotropic: One coefficient a vector for all blocks.
         parts: K, parts of a block.
         init: Start of every coefficient; 0.3 for AdaMerging.
@@ -109,6 +110,8 @@ class ATLAS(AdapterConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         refuse_dropout(self)
+        # the order of coefficients; a saved configuration is sorted too
+        self.vectors = dict(sorted(self.vectors.items()))
         if self.parts < 1:
             raise ValueError(f"parts must be at least 1, not {self.parts}")
         if self.norm not in (None, 1, 2):

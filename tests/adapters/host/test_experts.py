@@ -135,7 +135,7 @@ def test_start_gradients_disabling_merging_saving(name: str, config: folklora.Ad
 FIXED = {m.name: m.factory for m in methods("adapters") if (m.name, "merge") not in check.EXCEPTIONS}
 # state beside a weight's own parameters: bases or choices that layers share, a count of steps
 WITH_MORE_STATE = {"codyra", "diffora", "randlora"}
-WITHOUT_FACTORS = {"exssnet", "lt-sft"}
+WITHOUT_FACTORS = {"atlas", "exssnet", "lt-sft"}
 UNFIT = WITH_MORE_STATE | WITHOUT_FACTORS
 
 
