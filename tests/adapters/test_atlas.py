@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from folklora import ATLAS, KaSA, LoRA, VLAdapter, export_lora, penalty, tiny
+from folklora import ATLAS, KaSA, LoRA, VLAdapter, check, export_lora, penalty, tiny
 from folklora.adapters.atlas import random_parts, strongest
 from folklora.adapters.host.layer import layers_of, updates_of
 from folklora.merge import task_arithmetic
@@ -238,6 +238,17 @@ def test_the_strongest_vectors_of_each_block_are_kept() -> None:
     torch.testing.assert_close(tiny.logits(few), tiny.logits(model), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "name", ["start", "merge", "unmerge", "frozen", "rows", "copies", "mixing", "bfloat16", "checkpointing", "disable"]
+)
+@pytest.mark.parametrize("isotropic", [False, True])
+def test_in_factors_it_passes_what_it_passes_as_a_sum_of_weights(
+    name: str, isotropic: bool, adapters: dict[str, str]
+) -> None:
+    result = check.run_check(ATLAS(vectors=adapters, isotropic=isotropic), name)
+    assert result.outcome == "passed", result.message
+
+
 def test_it_finds_the_mixture_that_made_a_teacher() -> None:
     teacher, model = put(composed(), seed=5), composed()
     expected = tiny.logits(teacher)
@@ -273,6 +284,14 @@ def test_what_does_not_fit_is_refused_in_words(adapters: dict[str, str], tmp_pat
     get_peft_model(tiny.llama(), VLAdapter(target_modules=["o_proj"])).save_pretrained(tmp_path / "gated")
     with pytest.raises(ValueError, match="does not hold its factors; write it as a LoRA"):
         get_peft_model(tiny.llama(), ATLAS(vectors={"gated": str(tmp_path / "gated")}, target_modules=["o_proj"]))
+    for name, biased in {
+        "folklora": LoRA(target_modules=["q"], train_bias=True),
+        "lora-bias": peft.LoraConfig(target_modules=["q"], lora_bias=True),
+        "bias": peft.LoraConfig(target_modules=["q"], bias="lora_only"),
+    }.items():
+        get_peft_model(tiny.TwoLayers(), biased).save_pretrained(tmp_path / name)
+        with pytest.raises(ValueError, match=r"more than weights by factors \(.*bias"):
+            get_peft_model(tiny.TwoLayers(), ATLAS(vectors={name: str(tmp_path / name)}))
     dora = peft.LoraConfig(target_modules=["q_proj"], use_dora=True)
     get_peft_model(tiny.llama(), dora).save_pretrained(tmp_path / "dora")
     with pytest.raises(ValueError, match="'dora' is no LoRA"):

@@ -35,7 +35,10 @@ class ATLAS(AdapterConfig):
     Task vectors are named by folder. Where all are adapters (LoRA, or a Folklora adapter that has factors) and K = 1,
     they stay factors, concatenated, and the update is of low rank: ΔW = [B_1 | B_2 ...] diag(λ) [A_1; A_2; ...]; it
     exports to a LoRA. Checkpoints, or K > 1, take T frozen float32 copies of the adapted weights in memory. A saved
-    adapter holds Λ, the folders' names and the length of each τ_t^(b), and reads the task vectors again.
+    adapter holds Λ, the folders' names as they were given and the length of each τ_t^(b), and reads the task vectors
+    again. (So `folklora merge` does not take its folder: save what `merge_and_unload` gives.) Heads that an adapter
+    trained in full (`modules_to_save`) are not composed. τ_t^(b) is measured from the weight that the base has here:
+    if that is rounded or quantised, λ_tb = 1 still gives θ_t^(b).
 
     Uses: few shots (cross-entropy, any Trainer: lr 0.1, cosine, no warm-up, 10 epochs; leave the target's own vector
     out of the bank); a model of many tasks (the sum of their losses, lr 1e-3); unlearning (- the target's loss + a

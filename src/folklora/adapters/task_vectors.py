@@ -95,7 +95,13 @@ class CheckpointSource(Source):
 
 
 class AdapterSource(Source):
-    """τ = B diag(s) A of a saved adapter; 0 on a layer that it does not adapt."""
+    """τ = B diag(s) A of a saved adapter; 0 on a layer that it does not adapt.
+
+    Modules that were trained in full beside it (`modules_to_save`, such as a head) are no part of it.
+
+    Raises:
+        ValueError: It changes biases too, or not by factors.
+    """
 
     has_factors = True
     mark: ClassVar[str]
@@ -105,6 +111,16 @@ class AdapterSource(Source):
         self.tensors, self.config = tensors, config
         named = (name.partition(self.mark) for name in tensors.places)
         self.layers = {layer.removeprefix(_ROOT) for layer, found, _ in named if found}
+        others = [name for name in tensors.places if self._is_other(name)]
+        if others:
+            raise ValueError(
+                f"the adapter changes more than weights by factors ({others[0]}): merge it into its base with "
+                "merge_and_unload, save that as a checkpoint, and name the checkpoint"
+            )
+
+    @abstractmethod
+    def _is_other(self, name: str) -> bool:
+        """Whether a tensor is a change of something else than a weight, or no factor."""
 
     @abstractmethod
     def _factors(self, layer: str, shape: tuple[int, int]) -> Factors: ...
@@ -136,6 +152,11 @@ class LoRASource(AdapterSource):
     config: LoraConfig
     mark: ClassVar[str] = ".lora_A.weight"
 
+    def _is_other(self, name: str) -> bool:
+        if self.config.bias != "none" and name.endswith(".bias"):
+            return True
+        return ".lora_" in name and not name.endswith((".lora_A.weight", ".lora_B.weight"))
+
     def _factors(self, layer: str, shape: tuple[int, int]) -> Factors:
         A, B = (self.tensors.read(f"{_ROOT}{layer}.lora_{side}.weight") for side in "AB")
         config, pattern = self.config, self.config.alpha_pattern
@@ -148,6 +169,9 @@ class FolkloraSource(AdapterSource):
 
     config: AdapterConfig
     mark: ClassVar[str] = ".folklora_updates."
+
+    def _is_other(self, name: str) -> bool:
+        return name.endswith(".bias_change")
 
     def _factors(self, layer: str, shape: tuple[int, int]) -> Factors:
         update = self.config.for_module(layer).empty(shape)
@@ -172,7 +196,7 @@ class TaskVectors:
 
     Raises:
         FileNotFoundError: A folder holds neither an adapter nor a checkpoint; each is named.
-        ValueError: An adapter has no factors.
+        ValueError: An adapter has no factors, or more than factors.
     """
 
     def __init__(self, folders: Mapping[str, str], model: nn.Module) -> None:
