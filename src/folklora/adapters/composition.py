@@ -148,8 +148,8 @@ def _plain(name: str) -> str:
 
 
 def _is_free(name: str) -> bool:
-    """Whether a parameter is neither an adapter's nor one that an adapter's layer computes with."""
-    return ".folklora_" not in name and ".base_layer." not in name
+    """Whether a parameter is neither an adapter's (or trained beside it) nor one that its layer computes with."""
+    return not any(part in name for part in (".folklora_", ".base_layer.", ".modules_to_save."))
 
 
 def _delta(tuned: Tensor, base: Tensor) -> Tensor:
