@@ -4,6 +4,7 @@ import importlib
 from typing import Any
 
 from folklora.adapters import (
+    ATLAS,
     KIND,
     LTSFT,
     OSFT,
@@ -66,6 +67,7 @@ _steps.register()
 _prompts.register()
 
 __all__ = [
+    "ATLAS",
     "KIND",
     "LTSFT",
     "OSFT",

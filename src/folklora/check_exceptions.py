@@ -12,6 +12,12 @@ _REASONS: dict[str, dict[str, str]] = {
         "unmerge": "its attention reads each layer's input, so no single weight equals it",
         "weighted": "its attention reads each layer's input, so its update is no matrix to be summed",
     },
+    "atlas": {
+        "attention": "its task vectors are changes of single weights by name, which a module of several hides",
+        "dropout": "it scales changes of the weight itself, which have no input to drop",
+        "export": "what whole checkpoints changed has full rank (where all task vectors are adapters, it exports)",
+        "weighted": "what whole checkpoints changed has full rank (where all task vectors are adapters, it is summed)",
+    },
     "codyra": {
         "attention": "its importances and their count lie beside the weights, where a module of several has no room",
     },

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from folklora import (
+    ATLAS,
     KIND,
     LTSFT,
     OSFT,
@@ -54,6 +55,7 @@ VARIANTS = {
         target_modules=TARGETS,
     ),
     "am-lora as in the paper": AMLoRA(r=3, tasks=2, gate_input="lora", sparsity_on="scores", target_modules=TARGETS),
+    "atlas in parts": ATLAS(parts=3, init=0.3, norm=2, target_modules=["embed_tokens", "o_proj"]),
     "codyra with thresholds": CoDyRA(r=4, steps=4, dense=0.0, kappa_max=0.2, dropout=0.3, target_modules=TARGETS),
     "corda kpm": CorDA(r=3, mode="kpm", alpha=7, power=0.5, target_modules="all-linear", rank_pattern={"k_proj": 5}),
     "diffora with competing gates": DiffoRA(r=3, gate="softmax-row", dropout=0.3, rank_pattern={"v_proj": 5}),

@@ -1,6 +1,7 @@
 """Adapters: one file a method, all carried by the host in `folklora.adapters.host`."""
 
 from folklora.adapters.am_lora import AMLoRA
+from folklora.adapters.atlas import ATLAS
 from folklora.adapters.base import AdapterConfig, Update
 from folklora.adapters.codyra import CoDyRA
 from folklora.adapters.corda import CorDA
@@ -25,6 +26,7 @@ from folklora.adapters.vida import ViDA
 from folklora.adapters.vl_adapter import VLAdapter
 
 __all__ = [
+    "ATLAS",
     "KIND",
     "LTSFT",
     "OSFT",
