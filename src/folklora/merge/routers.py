@@ -44,7 +44,9 @@ class Router(nn.Module):
             self.layers = nn.Sequential(nn.BatchNorm1d(width, affine=False), nn.Linear(width, tasks))
         else:
             self.layers = nn.Sequential(
-                *_hidden(width, 2 * width, dropout), *_hidden(2 * width, 2 * width, dropout), nn.Linear(2 * width, tasks)
+                *_hidden(width, 2 * width, dropout),
+                *_hidden(2 * width, 2 * width, dropout),
+                nn.Linear(2 * width, tasks),
             )
 
     def forward(self, features: Tensor) -> Tensor:
@@ -153,7 +155,9 @@ def _split(labels: Tensor, tasks: int, held_out: float) -> tuple[Tensor, Tensor]
         own = own[torch.randperm(len(own))]
         count = int(held_out * len(own))
         if len(own) - count < 2:
-            raise ValueError(f"the router needs at least 2 texts of each task to learn from; task {task} has {len(own)}")
+            raise ValueError(
+                f"the router needs at least 2 texts of each task to learn from; task {task} has {len(own)}"
+            )
         kept.append(own[:count])
         train.append(own[count:])
     return torch.cat(train), torch.cat(kept)

@@ -60,13 +60,12 @@ def twin_merging(
 
     `merge_models` with this method writes θ* as a checkpoint that loads as it is, and beside it the v_t; `write_task`
     gives one task's model. (θ* is rounded to the stored type there, the v_t are to θ* unrounded.)
-    `folklora.merge.twins.Twins` serves a mixed batch in one pass, with g by row, as gated low-rank updates of the linear
-    layers; of such a checkpoint, or of adapters without building any [m, n]. Whatever is no linear weight (norms, biases,
-    embeddings, a head tied to them, stacked experts) goes with θ* there, for all inputs. The authors also leave out
-    biases and classifiers, which keep their base's values; `lambda: [{filter: bias, value: 0.0}, {value: 0.3}]` does so
-    here. Their `magnitude` and `bernoulli` masks, which they find worse, have no factors and are left out.
-
-    The paper's λ of task arithmetic is 0.29 for RoBERTa on GLUE and 0.3 for Qwen-14B.
+    `folklora.merge.twins.Twins` serves a mixed batch in one pass, with g by row, as gated low-rank updates of the
+    linear layers; of such a checkpoint, or of adapters without building any [m, n]. Whatever is no linear weight
+    (norms, biases, embeddings, a head tied to them, stacked experts) goes with θ* there, for all inputs. The authors
+    leave out biases and classifiers, which keep their base's values; `lambda: [{filter: bias, value: 0.0}, {value:
+    0.3}]` does so with θ*'s here. Their `magnitude` and `bernoulli` masks, which they find worse, have no factors and
+    are left out. Their λ of task arithmetic is 0.29 for RoBERTa on GLUE and 0.3 for Qwen-14B.
 
     Source: Lu, Fan, Wei, Qu, Chen, Cheng, "Twin-Merging: Dynamic Integration of Modular Expertise in Model Merging",
     NeurIPS 2024, arXiv 2406.15479.
