@@ -74,8 +74,8 @@ def test_bfloat16_comes_back_as_float32_and_float64_stays(method: Method, shape,
 def test_one_model_gives_that_model(method: Method, shape, normal, around, merged):
     base = normal(*shape, dtype=torch.float64)
     models = around(base, 1)
-    options = {"agreement": 1} if method.name == "consensus" else {"rank_gamma": 0.0} if method.name == "r-tsvm" else {}
-    (result,) = merged(method, models, base, **options)
+    whole = {"consensus": {"agreement": 1}, "r-tsvm": {"rank_gamma": 0.0}, "twin-merging": {"mask_rate": 0.0}}
+    (result,) = merged(method, models, base, **whole.get(method.name, {}))
     # decompositions of entries near 0.1 in float64
     torch.testing.assert_close(result, models[0], rtol=0, atol=1e-12)
 

@@ -33,10 +33,11 @@ class BaseEncoder:
 
     Args:
         base: The base model; adapters on it take no part.
+        adapters: But for these, which count as a part of it.
     """
 
-    def __init__(self, base: PreTrainedModel) -> None:
-        self.base = base
+    def __init__(self, base: PreTrainedModel, adapters: Sequence[str] = ()) -> None:
+        self.base, self.adapters = base, tuple(adapters)
         self.width = int(base.config.get_text_config().hidden_size)
 
     def __call__(self, inputs: dict[str, Any], tokenizer: PreTrainedTokenizerBase | None = None) -> Tensor:
@@ -44,7 +45,7 @@ class BaseEncoder:
         two_sided = self.base.config.is_encoder_decoder
         part = self.base.get_encoder() if two_sided else self.base.base_model
         taken = {key: inputs[key] for key in _READ if inputs.get(key) is not None}
-        with base_alone(self.base):
+        with base_alone(self.base, self.adapters):
             hidden = part(**taken, **({} if two_sided else {"use_cache": False}))[0]
         weights = prompt_mask(inputs).to(hidden.device).unsqueeze(-1)
         return (hidden.float() * weights).sum(1) / weights.sum(1).clamp_min(1)

@@ -1,7 +1,8 @@
 """Many models into one: a method is a function of the tensors of one name; `contract.py` says what of.
 
-`folklora.merge.factors` merges adapters in LoRA's form without building their dense updates. `DynamicLogitFusion` joins
-models not by their weights but by what they say next, while they decode.
+`folklora.merge.factors` merges adapters in LoRA's form without building their dense updates. `folklora.merge.twins`
+serves what `twin_merging` splits, by a router. `DynamicLogitFusion` joins models not by their weights but by what they say
+next, while they decode.
 """
 
 from folklora.merge.average import average
@@ -28,6 +29,7 @@ from folklora.merge.task_arithmetic import task_arithmetic
 from folklora.merge.ties import ties
 from folklora.merge.tsv_c import tsv_c
 from folklora.merge.tsv_m import tsv_m
+from folklora.merge.twin_merging import twin_merging
 from folklora.merge.wudi import wudi, wudi_closed_form
 
 __all__ = [
@@ -60,6 +62,7 @@ __all__ = [
     "ties",
     "tsv_c",
     "tsv_m",
+    "twin_merging",
     "wudi",
     "wudi_closed_form",
 ]

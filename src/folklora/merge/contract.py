@@ -50,7 +50,7 @@ class PerTask(ABC):
     `of_state` reads it again.
 
     Args:
-        base: The base's tensor.
+        base: The base's tensor, or what a method puts in its place for all tasks.
     """
 
     base: Tensor

@@ -11,12 +11,13 @@ applied to the D_t, to round-off; its result is an adapter's update again, which
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
 from folklora.factored import Factors, concatenate
 from folklora.merge.singular import flattened, nonzero, orthogonalised
+from folklora.merge.twin_merging import scale_of
 from folklora.merge.wudi import wudi_closed_form as dense_wudi_closed_form
 from folklora.spectrum import Triplets
 
@@ -98,6 +99,33 @@ def wudi_closed_form(parts: Sequence[Factors], *, lambda_: float = 1.0) -> Facto
     merged = dense_wudi_closed_form(inner, torch.zeros_like(inner[0]), lambda_=lambda_)
     dtype = _dtype(parts)
     return Factors(Q.T.to(dtype), 1.0, merged.to(dtype))
+
+
+def twin_merging(
+    parts: Sequence[Factors], *, shared: str = "task-arithmetic", lambda_: float | None = None, rank: int = 8
+) -> tuple[Factors, list[Factors]]:
+    """Twin-Merging: the merged update D*, and of each adapter the best approximation of D_t - D* of a rank.
+
+    D_t - D* lies in the span of all the factors: from rank R on it is exact.
+
+    Args: those of `task_arithmetic`, and
+        shared: The name of the function here that merges D*.
+        lambda_: Its scale; None takes 0.3 for task arithmetic, and the function's own default otherwise.
+        rank: The most that is kept of each adapter, at least 1.
+
+    Raises:
+        ValueError: There are no parts, their shapes differ, or there is no such function, scale or rank.
+    """
+    if shared not in MERGES:
+        raise ValueError(f"adapters are merged as factors by {', '.join(MERGES)}, not by '{shared}'")
+    merged = MERGES[shared](parts, **scale_of(shared, MERGES[shared], lambda_))
+    rank = min(rank, sum(part.rank for part in parts))
+    return merged.compact(), [concatenate([part, merged.scale(-1.0)]).truncate(rank).compact() for part in parts]
+
+
+MERGES: dict[str, Callable[..., Factors]] = {
+    merge.__name__.replace("_", "-"): merge for merge in (task_arithmetic, average, tsv_m, iso_c, wudi_closed_form)
+}
 
 
 def _triplets(part: Factors) -> Triplets:

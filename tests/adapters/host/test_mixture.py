@@ -109,6 +109,17 @@ def test_the_base_alone_is_read_without_adapters_dropout_and_gradients() -> None
     assert not torch.allclose(logits(model, ids), found, atol=1e-3)
 
 
+def test_the_base_is_read_with_adapters_that_belong_to_it_whatever_else_is_mixed() -> None:
+    model, ids = adapted(tiny.llama()).eval(), tiny.batch()["input_ids"]
+    model.base_model.set_adapter("two")
+    expected = logits(model, ids)
+    mix_by_row(model.get_base_model(), lambda inputs: {"one": torch.ones(1)})
+    mixed = logits(model, ids)
+    with base_alone(model.get_base_model(), ["two"]):
+        assert torch.equal(logits(model, ids), expected)
+    assert torch.equal(logits(model, ids), mixed)
+
+
 @pytest.fixture
 def asked(tiny_llama: Callable[..., nn.Module], tiny_tokenizer: Any) -> tuple[PeftModel, Any, list[int]]:
     """A mixing model, its tokenizer, and how many rows each question of the route had."""

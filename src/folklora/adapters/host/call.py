@@ -27,7 +27,7 @@ class CallContext:
         rows: The adapter of each row of the batch ("__base__" for none), or None where all rows share the active ones.
         mixture: How much each adapter counts in each row, [rows], or [1] for all rows alike; None where the active ones
             count whole. It holds until the next text.
-        base_alone: Whether the base model is being read without any adapter.
+        alone: While the base model is being read by itself: the adapters that belong to it then, whole; else None.
         masks: Attention masks [batch, positions] of this call, a decoder's own before its encoder's.
         before: How many positions a cache holds that come before this call's.
         classes: For each adapter that reads classes, its gate [rows, classes], or why it cannot read those given.
@@ -40,7 +40,7 @@ class CallContext:
 
     rows: list[str] | None = None
     mixture: dict[str, Tensor] | None = None
-    base_alone: bool = False
+    alone: tuple[str, ...] | None = None
     masks: tuple[Tensor, ...] = ()
     before: int = 0
     classes: dict[str, Tensor | ValueError] | None = None
@@ -61,7 +61,7 @@ class CallContext:
     @property
     def by_rows(self) -> bool:
         """Whether rows have adapters of their own, or parts of several."""
-        return self.rows is not None or self.mixture is not None
+        return self.alone is None and (self.rows is not None or self.mixture is not None)
 
     def own_rows(self, adapter: str, x: Tensor, layer: str) -> Tensor | None:
         """How much the adapter counts in each row of an input x of a layer, [batch, 1, ..., 1]; None: whole in all."""

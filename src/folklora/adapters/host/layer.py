@@ -255,9 +255,9 @@ class FolkloraLayer(nn.Module, BaseTunerLayer):
 
     def _names_in_use(self) -> list[str]:
         context, updates = self.context, self._updates
-        if context.base_alone:
-            return []
-        if context.rows is not None:
+        if context.alone is not None:
+            names = context.alone
+        elif context.rows is not None:
             names = sorted(set(context.rows))
         else:
             names = self.active_adapters if context.mixture is None else list(context.mixture)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -44,13 +44,18 @@ def stop_mixing(model: nn.Module) -> None:
 
 
 @contextmanager
-def base_alone(model: nn.Module) -> Iterator[None]:
-    """Within this block the base model is read: without adapters, gradients and dropout."""
+def base_alone(model: nn.Module, adapters: Sequence[str] = ()) -> Iterator[None]:
+    """Within this block the base model is read: without adapters, gradients and dropout.
+
+    Args:
+        model: The base model, with adapters on its layers.
+        adapters: Those that belong to the base all the same: they count whole in every row.
+    """
     contexts = {id(layer.context): layer.context for layer in layers_of(model)}.values()
     training = [module for module in model.modules() if module.training]
-    before = [context.base_alone for context in contexts]
+    before = [context.alone for context in contexts]
     for context in contexts:
-        context.base_alone = True
+        context.alone = tuple(adapters)
     model.eval()
     try:
         with torch.no_grad():
@@ -59,7 +64,7 @@ def base_alone(model: nn.Module) -> Iterator[None]:
         for module in training:
             module.training = True
         for context, value in zip(contexts, before, strict=True):
-            context.base_alone = value
+            context.alone = value
 
 
 class _Mixer:
@@ -71,7 +76,7 @@ class _Mixer:
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """Note the weights for the layers."""
         cache = kwargs.get("past_key_values")
-        if self.context.base_alone or (cache is not None and cache.get_seq_length() > 0):
+        if self.context.alone is not None or (cache is not None and cache.get_seq_length() > 0):
             return
         inputs = {**dict(zip(("input_ids", "attention_mask"), args, strict=False)), **kwargs}
         # not those of another text, should this one fail

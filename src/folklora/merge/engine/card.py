@@ -27,7 +27,7 @@ _COPIED = (
 )  # fmt: skip
 # said on the card of a method that serves one task at a time
 _TASKS = (
-    "The weights in this folder are the base's, with what each task adds beside them in `tasks/`. "
+    "The weights in this folder are those common to all tasks, with what each task adds beside them in `tasks/`. "
     "`folklora merge FOLDER --task NUMBER --out OUT` writes the model of one task."
 )
 

@@ -59,16 +59,34 @@ def task_tensors(folder: str | Path, task: int | str) -> Iterator[tuple[str, Ten
     folder = Path(folder)
     checkpoint, index, transposed = _open(folder)
     number = _number(index["tasks"], task)
-    kind = schema_of(index["method"]).result
     for name, form in checkpoint.forms.items():
         base = checkpoint.read(name)
         if name in index["files"]:
-            path = folder / FOLDER / index["files"][name]
-            state = {key: read_tensor(path, key) for key in read_header(path)}
             across = name in transposed
-            found = kind.of_state((base.mT if across else base).float(), state).for_task(number)
+            found = _parts(folder, index, name, base.mT if across else base).for_task(number)
             base = (found.mT if across else found).to(TYPES[form.dtype])
         yield name, base
+
+
+def task_names(folder: str | Path) -> list[str]:
+    """The tasks, by their models as the configuration called them, in order.
+
+    Raises: as `task_tensors`.
+    """
+    return _open(Path(folder))[1]["tasks"]
+
+
+def task_parts(folder: str | Path) -> Iterator[tuple[str, PerTask]]:
+    """Key and parts of each tensor that differs between the tasks, one at a time; a weight as [out, in].
+
+    Raises: as `task_tensors`.
+    """
+    folder = Path(folder)
+    checkpoint, index, transposed = _open(folder)
+    architecture = architecture_of(folder)
+    for name in index["files"]:
+        base = checkpoint.read(name)
+        yield architecture.key(name), _parts(folder, index, name, base.mT if name in transposed else base)
 
 
 def write_task(folder: str | Path, task: int | str, out: str | Path) -> Path:
@@ -110,6 +128,12 @@ def _open(folder: Path) -> tuple[Checkpoint, dict[str, Any], set[str]]:
     checkpoint, architecture = Checkpoint(folder), architecture_of(folder)
     transposed = {name for name in checkpoint.forms if architecture.key(name) in architecture.transposed}
     return checkpoint, read_json(folder / INDEX), transposed
+
+
+def _parts(folder: Path, index: dict[str, Any], name: str, base: Tensor) -> PerTask:
+    path = folder / FOLDER / index["files"][name]
+    state = {key: read_tensor(path, key) for key in read_header(path)}
+    return schema_of(index["method"]).result.of_state(base.float(), state)
 
 
 def _number(tasks: Sequence[str], task: int | str) -> int:
