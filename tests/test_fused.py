@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from folklora import fused
-from folklora.factored import Factors, _opaque_sum_of_products, factored_linear
+from folklora.factored import Factors, factored_linear
 
 EPS32 = torch.finfo(torch.float32).eps
 
@@ -41,10 +41,10 @@ def test_what_a_compiler_is_told_of_the_sum_is_true(biased: bool):
     shapes = ((6, 3), (3, 20), (6, 8), (8, 20), (20,))
     *operands, bias = (rand(*s, seed=i, dtype=torch.float64, device="cpu") for i, s in enumerate(shapes))
     operands.append(bias if biased else None)
-    torch.library.opcheck(_opaque_sum_of_products, tuple(operands))
+    torch.library.opcheck(fused._opaque_sum_of_products, tuple(operands))
     z, b, x, w, _ = operands
     expected = z @ b + x @ w + (bias if biased else 0)
-    torch.testing.assert_close(_opaque_sum_of_products(*operands), expected, rtol=0, atol=1e-13)
+    torch.testing.assert_close(fused._opaque_sum_of_products(*operands), expected, rtol=0, atol=1e-13)
 
 
 @pytest.mark.gpu

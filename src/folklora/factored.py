@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from folklora.fused import products
+from folklora.fused import products, sum_of_products
 
 
 @dataclass(frozen=True)
@@ -320,32 +320,8 @@ def _product(
     elif constant != 1:
         b = (B * constant).to(dtype)
     z = h if gate is None else h * gate
-    y = _sum_of_products(z, b.T, rows, weight.T, bias)
+    y = sum_of_products(z, b.T, rows, weight.T, bias)
     return y.view(*x.shape[:-1], weight.shape[0]), (rows, weight, a, b, h, gate, kept), constant
-
-
-def _sum_of_products(z: Tensor, b: Tensor, x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
-    """z b + x w + bias, the second product in the accumulator of the first one's result."""
-    whole = _opaque_sum_of_products if torch.compiler.is_compiling() else _two_products
-    return whole(z, b, x, w, bias)
-
-
-def _two_products(z: Tensor, b: Tensor, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
-    return (z @ b if bias is None else torch.addmm(bias, z, b)).addmm_(x, w)
-
-
-# a compiler that sees the two products gives the second one an output of its own, and copies the first one's into it
-_opaque_sum_of_products = torch.library.custom_op(
-    "folklora::sum_of_products",
-    _two_products,
-    mutates_args=(),
-    schema="(Tensor z, Tensor b, Tensor x, Tensor w, Tensor? bias) -> Tensor",
-)
-
-
-@_opaque_sum_of_products.register_fake
-def _(z: Tensor, b: Tensor, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
-    return x.new_empty(x.shape[0], w.shape[1])
 
 
 class _FactoredLinear(torch.autograd.Function):
@@ -377,7 +353,7 @@ class _FactoredLinear(torch.autograd.Function):
         gh = gz if gate is None else gz * gate
         if needs_x and ctx.gradient is None:
             if kept is None:
-                grad_x = _sum_of_products(gh, a, g, weight)
+                grad_x = sum_of_products(gh, a, g, weight)
             else:
                 grad_x = _dropped(gh @ a, kept, ctx.rise).addmm_(g, weight)
             grad_x = grad_x.view(shape)

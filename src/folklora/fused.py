@@ -3,7 +3,8 @@
     gz = g B  [positions, r]        gB = gᵀ z  [out, r]
 
 Each reads g [positions, out], by far the largest of the three, and both are bound by memory. The plain form is
-`products`' own fallback, and what the tests compare with. Imports torch, and Triton where it is installed.
+`products`' own fallback, and what the tests compare with. `sum_of_products` is two products in one accumulator. Both are
+taken by compilers as they are. Imports torch, and Triton where it is installed.
 """
 
 from __future__ import annotations
@@ -64,6 +65,30 @@ _opaque_products = torch.library.custom_op(
 def _(g: Tensor, b: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
     wide = torch.promote_types(g.dtype, torch.float32)
     return g.new_empty(g.shape[0], b.shape[1]), g.new_empty(b.shape, dtype=wide)
+
+
+def sum_of_products(z: Tensor, b: Tensor, x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
+    """z b + x w + bias, the second product in the accumulator of the first one's result."""
+    whole = _opaque_sum_of_products if torch.compiler.is_compiling() else _two_products
+    return whole(z, b, x, w, bias)
+
+
+def _two_products(z: Tensor, b: Tensor, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+    return (z @ b if bias is None else torch.addmm(bias, z, b)).addmm_(x, w)
+
+
+# a compiler that sees the two products gives the second one an output of its own, and copies the first one's into it
+_opaque_sum_of_products = torch.library.custom_op(
+    "folklora::sum_of_products",
+    _two_products,
+    mutates_args=(),
+    schema="(Tensor z, Tensor b, Tensor x, Tensor w, Tensor? bias) -> Tensor",
+)
+
+
+@_opaque_sum_of_products.register_fake
+def _(z: Tensor, b: Tensor, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(x.shape[0], w.shape[1])
 
 
 def _one_pass(g: Tensor, B: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,8 +1,8 @@
 """Many models into one: a method is a function of the tensors of one name; `contract.py` says what of.
 
 `folklora.merge.factors` merges adapters in LoRA's form without building their dense updates. `folklora.merge.twins`
-serves what `twin_merging` splits, by a router. `DynamicLogitFusion` joins models not by their weights but by what they say
-next, while they decode.
+serves what `twin_merging` splits, by a router. `DynamicLogitFusion` joins models not by their weights but by what they
+say next, while they decode.
 """
 
 from folklora.merge.average import average
