@@ -3,8 +3,8 @@
     gz = g B  [positions, r]        gB = gᵀ z  [out, r]
 
 Each reads g [positions, out], by far the largest of the three, and both are bound by memory. The plain form is
-`products`' own fallback, and what the tests compare with. `sum_of_products` is two products in one accumulator. Both are
-taken by compilers as they are. Imports torch, and Triton where it is installed.
+`products`' own fallback, and what the tests compare with. `sum_of_products` is two products in one accumulator.
+Compilers take both as they are. Imports torch, and Triton where it is installed.
 """
 
 from __future__ import annotations
