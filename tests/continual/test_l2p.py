@@ -91,10 +91,10 @@ def test_a_stopped_run_goes_on_to_the_same_results_and_counts_what_it_stores(tea
     assert whole["stored_parameters"] == COUNT + 5, "how often each key was chosen is carried"
 
 
-def test_it_learns_a_task_and_then_another(tiny_llama, tiny_tokenizer, opposed, tmp_path):
+def test_it_learns_a_task_and_then_another(tiny_llama, tiny_tokenizer, contradicting, tmp_path):
     options = {**SIZES, "learning_rate": 0.1, "batch_size": 8, "max_length": 48, "epochs": 4}
     asked = {"out": tmp_path / "run", "options": options, "tokenizer": tiny_tokenizer}
-    entry = learn(tiny_llama(1, initializer_range=0.2), opposed, "l2p", **asked).results["methods"]["l2p"]
+    entry = learn(tiny_llama(1, initializer_range=0.2), contradicting, "l2p", **asked).results["methods"]["l2p"]
     # nobody tells it which of the two is asked, so the same questions have one answer
     assert entry["matrix"] == [[100, 0], [0, 100]]
     assert entry["stored_parameters"] == COUNT
