@@ -6,8 +6,9 @@ The demo's model learns tiny tasks of the demo's five kinds, each written by a s
 process of its own, and each finished one is kept in OUT, so that the script resumes. For each task are recorded:
 prepare_seconds (before the trainer is made), train_seconds (the trainer: its making and its steps), finish_seconds
 (after the last step, before scoring), evaluate_seconds (by default all tasks are scored after the last one only),
-save_seconds, resident memory, and stored parameters. OUT gets table.md, costs.svg and a JSON record a method; the
-table sets the last tenth of the tasks beside an early one, so that what grows with the number of tasks is seen.
+save_seconds, resident memory, and stored parameters. OUT gets moments.md (the 1st, 10th, 50th and 100th task),
+table.md, costs.svg and a JSON record a method; table.md sets the last tenth of the tasks beside an early one, so that
+what grows with the number of tasks is seen.
 """
 
 from __future__ import annotations
@@ -128,10 +129,17 @@ def costs(noted: dict[str, float], state: dict[str, Any]) -> dict[str, float]:
 
 
 def resident() -> int:
-    """This process's memory in bytes, without what the garbage collector would give back."""
+    """This process's memory in bytes, without what the garbage collector and (with glibc) the heap would give back.
+
+    The heap keeps what the largest step needed for a while; it is no part of what a method holds between its tasks.
+    """
+    import ctypes
     import gc
 
     gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")
 
@@ -174,13 +182,37 @@ def learn_one(method: str, options: argparse.Namespace) -> str:
 
 
 def write_report(out: Path) -> None:
-    """Write table.md and costs.svg into the folder, and print the table."""
+    """Write moments.md, table.md and costs.svg into the folder, and print the tables."""
     found = records(out, "long")
-    text = "\n".join(table(found))
-    (out / "table.md").write_text(text + "\n", encoding="utf-8")
-    print(text)
+    for name, lines in (("moments", moments(found)), ("table", table(found))):
+        text = "\n".join(lines) + "\n"
+        (out / f"{name}.md").write_text(text, encoding="utf-8")
+        print(text)
     if found:
         plot(out / "costs.svg", found)
+
+
+def moments(found: list[dict[str, Any]]) -> list[str]:
+    """Some tasks of each stream: seconds without evaluation, memory above that after the first, and what is stored.
+
+    Seconds are the median over the five tasks that end there (the first task's are not given: they hold what is done
+    once); memory and numbers are those after the task.
+    """
+    longest = max((len(record["tasks"]) for record in found), default=0)
+    at = [number for number in (10, 50, 100) if number <= longest]
+    heads = [f"task {number}, s" for number in at] + ["MiB after task 1"]
+    heads += [f"+ MiB after {number}" for number in at] + [f"stored after {number}" for number in (1, *at)]
+    lines = ["| " + " | ".join(["method", *heads]) + " |", "| --- |" + " --: |" * len(heads)]
+    for record in found:
+        rows, start = record["tasks"], record["tasks"][0]["memory"]
+        whole = [sum(row[f"{part}_seconds"] for part in TIMES if part != "evaluate") for row in rows]
+        there = [number if number <= len(rows) else None for number in at]
+        cells = [f"{statistics.median(whole[n - 5 : n]):.2f}" if n else "" for n in there]
+        cells.append(f"{start / 2**20:.0f}")
+        cells += [f"{(rows[n - 1]['memory'] - start) / 2**20:.1f}" if n else "" for n in there]
+        cells += [f"{rows[n - 1]['stored_parameters']:,}" if n else "" for n in (1, *there)]
+        lines.append("| " + " | ".join([record["method"], *cells]) + " |")
+    return lines
 
 
 def table(found: list[dict[str, Any]]) -> list[str]:
