@@ -14,6 +14,7 @@ what grows with the number of tasks is seen.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import multiprocessing
 import os
@@ -96,13 +97,14 @@ class Clock:
     def __init__(self) -> None:
         self.begun = self.prepared = self.stepped = 0.0
         self.own = 0.0  # seconds of noting
+        self.computed = time.process_time()
         self.tasks: list[dict[str, float]] = []
 
     def tell(self, event: str, **details: Any) -> None:
         """Take one event of `folklora.learn`; a row is told of when it is saved."""
         now = time.perf_counter()
         if event == "method":
-            self.begun = now
+            self.begun, self.computed = now, time.process_time()
         elif event == "train":
             self.prepared = now
         elif event == "step":
@@ -110,8 +112,11 @@ class Clock:
         elif event == "row":
             times = {"prepared": self.prepared, "stepped": self.stepped, "saved": now}
             since = {key: value - self.begun for key, value in times.items()}
-            self.tasks.append({**since, "memory": resident()})
-            self.begun = time.perf_counter()
+            self.tasks.append({**since, "computed": time.process_time() - self.computed, "memory": resident()})
+            if len(self.tasks) == 1:
+                # the libraries' own objects: walking over them after each task would cost more than some of the tasks
+                gc.freeze()
+            self.begun, self.computed = time.perf_counter(), time.process_time()
             self.own += self.begun - now
 
 
@@ -123,6 +128,7 @@ def costs(noted: dict[str, float], state: dict[str, Any]) -> dict[str, float]:
         "finish_seconds": max(0.0, state["train_seconds"] - noted["stepped"]),
         "evaluate_seconds": state["seconds"] - state["train_seconds"],
         "save_seconds": max(0.0, noted["saved"] - state["seconds"]),
+        "processor_seconds": noted["computed"],
         "memory": noted["memory"],
         "stored_parameters": state["stored_parameters"],
     }
@@ -134,7 +140,6 @@ def resident() -> int:
     The heap keeps what the largest step needed for a while; it is no part of what a method holds between its tasks.
     """
     import ctypes
-    import gc
 
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
@@ -193,19 +198,19 @@ def write_report(out: Path) -> None:
 
 
 def moments(found: list[dict[str, Any]]) -> list[str]:
-    """Some tasks of each stream: seconds without evaluation, memory above that after the first, and what is stored.
+    """Some tasks of each stream: the processor's seconds, memory above that after the first, and what is stored.
 
-    Seconds are the median over the five tasks that end there (the first task's are not given: they hold what is done
-    once); memory and numbers are those after the task.
+    Seconds, which other work on the machine hardly changes, are the median over the five tasks that end there, so that
+    what is done once does not count; memory and numbers are those after the task.
     """
     longest = max((len(record["tasks"]) for record in found), default=0)
     at = [number for number in (10, 50, 100) if number <= longest]
-    heads = [f"task {number}, s" for number in at] + ["MiB after task 1"]
+    heads = [f"task {number}, CPU s" for number in at] + ["MiB after task 1"]
     heads += [f"+ MiB after {number}" for number in at] + [f"stored after {number}" for number in (1, *at)]
     lines = ["| " + " | ".join(["method", *heads]) + " |", "| --- |" + " --: |" * len(heads)]
     for record in found:
         rows, start = record["tasks"], record["tasks"][0]["memory"]
-        whole = [sum(row[f"{part}_seconds"] for part in TIMES if part != "evaluate") for row in rows]
+        whole = [row["processor_seconds"] for row in rows]
         there = [number if number <= len(rows) else None for number in at]
         cells = [f"{statistics.median(whole[n - 5 : n]):.2f}" if n else "" for n in there]
         cells.append(f"{start / 2**20:.0f}")

@@ -50,12 +50,11 @@ def test_every_task_of_a_method_is_recorded(long_stream, tmp_path):
 def test_moments_are_those_of_tasks_that_were_learnt(long_stream):
     times = dict.fromkeys((f"{part}_seconds" for part in long_stream.TIMES), 0.0)
     tasks = [
-        {**times, "train_seconds": n, "evaluate_seconds": 9.0, "memory": 2**20 * n, "stored_parameters": 1000 * n}
-        for n in range(1, 51)
+        {**times, "processor_seconds": n, "memory": 2**20 * n, "stored_parameters": 1000 * n} for n in range(1, 51)
     ]
     found = [{"method": "long", "tasks": tasks}, {"method": "short", "tasks": tasks[:10]}]
     heads, _, long, short = long_stream.moments(found)
-    assert "task 50, s" in heads
+    assert "task 50, CPU s" in heads
     assert "100" not in heads
     # the median of tasks 6 to 10, and of 46 to 50
     assert long == "| long | 8.00 | 48.00 | 1 | 9.0 | 49.0 | 1,000 | 10,000 | 50,000 |"
