@@ -6,13 +6,15 @@ The demo's model learns tiny tasks of the demo's five kinds, each written by a s
 process of its own, and each finished one is kept in OUT, so that the script resumes. For each task are recorded:
 prepare_seconds (before the trainer is made), train_seconds (the trainer: its making and its steps), finish_seconds
 (after the last step, before scoring), evaluate_seconds (by default all tasks are scored after the last one only),
-save_seconds, resident memory, and stored parameters. OUT gets table.md, costs.svg and a JSON record a method; the
-table sets the last tenth of the tasks beside an early one, so that what grows with the number of tasks is seen.
+save_seconds, resident memory, and stored parameters. OUT gets moments.md (the 1st, 10th, 50th and 100th task),
+table.md, costs.svg and a JSON record a method; table.md sets the last tenth of the tasks beside an early one, so that
+what grows with the number of tasks is seen.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import multiprocessing
 import os
@@ -95,13 +97,14 @@ class Clock:
     def __init__(self) -> None:
         self.begun = self.prepared = self.stepped = 0.0
         self.own = 0.0  # seconds of noting
+        self.computed = time.process_time()
         self.tasks: list[dict[str, float]] = []
 
     def tell(self, event: str, **details: Any) -> None:
         """Take one event of `folklora.learn`; a row is told of when it is saved."""
         now = time.perf_counter()
         if event == "method":
-            self.begun = now
+            self.begun, self.computed = now, time.process_time()
         elif event == "train":
             self.prepared = now
         elif event == "step":
@@ -109,8 +112,11 @@ class Clock:
         elif event == "row":
             times = {"prepared": self.prepared, "stepped": self.stepped, "saved": now}
             since = {key: value - self.begun for key, value in times.items()}
-            self.tasks.append({**since, "memory": resident()})
-            self.begun = time.perf_counter()
+            self.tasks.append({**since, "computed": time.process_time() - self.computed, "memory": resident()})
+            if len(self.tasks) == 1:
+                # the libraries' own objects: walking over them after each task would cost more than some of the tasks
+                gc.freeze()
+            self.begun, self.computed = time.perf_counter(), time.process_time()
             self.own += self.begun - now
 
 
@@ -122,16 +128,23 @@ def costs(noted: dict[str, float], state: dict[str, Any]) -> dict[str, float]:
         "finish_seconds": max(0.0, state["train_seconds"] - noted["stepped"]),
         "evaluate_seconds": state["seconds"] - state["train_seconds"],
         "save_seconds": max(0.0, noted["saved"] - state["seconds"]),
+        "processor_seconds": noted["computed"],
         "memory": noted["memory"],
         "stored_parameters": state["stored_parameters"],
     }
 
 
 def resident() -> int:
-    """This process's memory in bytes, without what the garbage collector would give back."""
-    import gc
+    """This process's memory in bytes, without what the garbage collector and (with glibc) the heap would give back.
+
+    The heap keeps what the largest step needed for a while; it is no part of what a method holds between its tasks.
+    """
+    import ctypes
 
     gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")
 
@@ -174,13 +187,37 @@ def learn_one(method: str, options: argparse.Namespace) -> str:
 
 
 def write_report(out: Path) -> None:
-    """Write table.md and costs.svg into the folder, and print the table."""
+    """Write moments.md, table.md and costs.svg into the folder, and print the tables."""
     found = records(out, "long")
-    text = "\n".join(table(found))
-    (out / "table.md").write_text(text + "\n", encoding="utf-8")
-    print(text)
+    for name, lines in (("moments", moments(found)), ("table", table(found))):
+        text = "\n".join(lines) + "\n"
+        (out / f"{name}.md").write_text(text, encoding="utf-8")
+        print(text)
     if found:
         plot(out / "costs.svg", found)
+
+
+def moments(found: list[dict[str, Any]]) -> list[str]:
+    """Some tasks of each stream: the processor's seconds, memory above that after the first, and what is stored.
+
+    Seconds, which other work on the machine hardly changes, are the median over the five tasks that end there, so that
+    what is done once does not count; memory and numbers are those after the task.
+    """
+    longest = max((len(record["tasks"]) for record in found), default=0)
+    at = [number for number in (10, 50, 100) if number <= longest]
+    heads = [f"task {number}, CPU s" for number in at] + ["MiB after task 1"]
+    heads += [f"+ MiB after {number}" for number in at] + [f"stored after {number}" for number in (1, *at)]
+    lines = ["| " + " | ".join(["method", *heads]) + " |", "| --- |" + " --: |" * len(heads)]
+    for record in found:
+        rows, start = record["tasks"], record["tasks"][0]["memory"]
+        whole = [row["processor_seconds"] for row in rows]
+        there = [number if number <= len(rows) else None for number in at]
+        cells = [f"{statistics.median(whole[n - 5 : n]):.2f}" if n else "" for n in there]
+        cells.append(f"{start / 2**20:.0f}")
+        cells += [f"{(rows[n - 1]['memory'] - start) / 2**20:.1f}" if n else "" for n in there]
+        cells += [f"{rows[n - 1]['stored_parameters']:,}" if n else "" for n in (1, *there)]
+        lines.append("| " + " | ".join([record["method"], *cells]) + " |")
+    return lines
 
 
 def table(found: list[dict[str, Any]]) -> list[str]:

@@ -288,6 +288,14 @@ def test_a_model_that_has_read_can_be_copied(tiny_llama: Any, again: Any, guard:
     assert torch.equal(again(model)(input_ids=ids).logits, expected)
 
 
+def test_of_a_pass_no_more_is_kept_than_its_last_position(tiny_llama: Any):
+    model = language_model(tiny_llama)
+    model(input_ids=tokens(2, 9), use_cache=True)
+    for _, update in updates_of(model, "default"):
+        assert [part.shape for part in update.past] == [(2, 1, 2), (2, 1, 1)]
+        assert all(part.untyped_storage().nbytes() == part.nbytes for part in update.past)
+
+
 def test_a_gate_that_reads_no_input_cannot_be_placed_by_it():
     with pytest.raises(ValueError, match='gate_init="prototype" places a gate by the layer\'s input'):
         AMLoRA(gate_input="lora", gate_init="prototype")

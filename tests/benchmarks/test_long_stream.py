@@ -45,3 +45,17 @@ def test_every_task_of_a_method_is_recorded(long_stream, tmp_path):
     # a task stores 4 layers of 2 (256 + 256) float32 numbers
     assert line.endswith("| 16 |")
     assert "<svg" in (tmp_path / "costs.svg").read_text()
+
+
+def test_moments_are_those_of_tasks_that_were_learnt(long_stream):
+    times = dict.fromkeys((f"{part}_seconds" for part in long_stream.TIMES), 0.0)
+    tasks = [
+        {**times, "processor_seconds": n, "memory": 2**20 * n, "stored_parameters": 1000 * n} for n in range(1, 51)
+    ]
+    found = [{"method": "long", "tasks": tasks}, {"method": "short", "tasks": tasks[:10]}]
+    heads, _, long, short = long_stream.moments(found)
+    assert "task 50, CPU s" in heads
+    assert "100" not in heads
+    # the median of tasks 6 to 10, and of 46 to 50
+    assert long == "| long | 8.00 | 48.00 | 1 | 9.0 | 49.0 | 1,000 | 10,000 | 50,000 |"
+    assert short == "| short | 8.00 |  | 1 | 9.0 |  | 1,000 | 10,000 |  |"

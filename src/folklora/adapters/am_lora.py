@@ -312,7 +312,8 @@ class AMLoRAUpdate(Update):
         if self.before:
             past_sum, past_count = self._past_of(len(x))
             sums, counts = sums + past_sum, counts + past_count
-        self.past = (sums[:, -1:].detach(), counts[:, -1:].detach())
+        # copies: a view would hold the sums of all positions until the next pass
+        self.past = (sums[:, -1:].detach().clone(), counts[:, -1:].detach().clone())
         self.past_length = self.before + x.shape[-2]
         # in the order of x again: how a product of it is computed depends on that order
         return (sums / counts.clamp_min(1)).to(x.dtype).contiguous()

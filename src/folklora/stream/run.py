@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from folklora.adapters.host.aside import others_aside
 from folklora.adapters.host.layer import layers_of
 from folklora.prompts import prompts_of
 from folklora.stream.files import read_json, replace_folder, write_json
@@ -246,7 +247,9 @@ def save_adapters(
     for name in same:
         shutil.copytree(before / name, folder / name, copy_function=_link)
     # the embeddings are never trained here; "auto" would ask a hub whether the base model's vocabulary grew
-    model.save_pretrained(folder, selected_adapters=sorted(names - same), save_embedding_layers=False)
+    for name in sorted(names - same):
+        with others_aside(model, name):
+            model.save_pretrained(folder, selected_adapters=[name], save_embedding_layers=False)
 
 
 def _link(source: str, target: str) -> None:
@@ -272,7 +275,8 @@ def load_adapters(model: PreTrainedModel, folder: Path) -> PeftModel:
     names = sorted(places, key=lambda name: (len(name), name))
     loaded = PeftModel.from_pretrained(model, str(places[names[0]]), adapter_name=names[0], is_trainable=True)
     for name in names[1:]:
-        loaded.load_adapter(str(places[name]), adapter_name=name, is_trainable=True)
+        with others_aside(loaded):
+            loaded.load_adapter(str(places[name]), adapter_name=name, is_trainable=True)
     return loaded
 
 

@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from folklora.factored import Factors, SharedInput, factored_linear, factored_update
 
+SAMPLES = 32
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "out_proj.weight")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -297,3 +298,10 @@ def is_quantised_weight(weight: Tensor | None) -> bool:
         return True
     # torchao's tensors pass for floating point; what is sharded over processes is made of wrappers too
     return is_traceable_wrapper_subclass(weight) and not hasattr(weight, "full_tensor")
+
+
+def evenly_spaced(weight: Tensor) -> Tensor:
+    """SAMPLES evenly spaced elements of a weight, float32."""
+    flat = weight.reshape(-1)
+    step = max(1, flat.numel() // SAMPLES)
+    return flat[::step][:SAMPLES].float().clone()

@@ -17,12 +17,11 @@ from torch import Tensor, nn
 from folklora.adapters.base import AdapterConfig, Update, zeros
 from folklora.adapters.host.call import CallContext
 from folklora.adapters.host.dense import forward_with_dense
-from folklora.adapters.host.kinds import is_quantised_weight, kind_of
+from folklora.adapters.host.kinds import evenly_spaced, is_quantised_weight, kind_of
 from folklora.adapters.host.merge import merge, unmerge, with_added
 from folklora.adapters.host.siblings import Offer, offered, share
 from folklora.factored import Factors, concatenate
 
-SAMPLES = 32
 # values that went through bfloat16 once differ by at most half a unit in the last of its 8 bits; those that went
 # through float16 may besides have lost half of its smallest number
 SAME, SMALLEST = 2.0**-7, 2.0**-24
@@ -371,20 +370,24 @@ class FolkloraLayer(nn.Module, BaseTunerLayer):
         return ", ".join(f"{name}={type(update).__name__}" for name, update in self.folklora_updates.items())
 
 
-def evenly_spaced(weight: Tensor) -> Tensor:
-    """SAMPLES evenly spaced elements of a weight, float32."""
-    flat = weight.reshape(-1)
-    step = max(1, flat.numel() // SAMPLES)
-    return flat[::step][:SAMPLES].float().clone()
-
-
 def _factors_of(update: Update, corrects: bool, *inputs: Tensor | None) -> Factors:
     return update.factors(*inputs) if corrects else update.split(*inputs)[0]
 
 
 def layers_of(model: nn.Module) -> Iterator[FolkloraLayer]:
     """Every layer of `model` that carries Folklora's updates, in the model's order."""
-    return (module for module in model.modules() if isinstance(module, FolkloraLayer))
+    seen: set[nn.Module] = set()
+    waiting = [model]
+    while waiting:
+        module = waiting.pop()
+        if module in seen:
+            continue
+        seen.add(module)
+        if isinstance(module, FolkloraLayer):
+            yield module
+        # updates hold no layers, and where there are many adapters they are most of the model
+        children = [child for name, child in module._modules.items() if name != "folklora_updates"]
+        waiting.extend(child for child in reversed(children) if child is not None)
 
 
 def updates_of(model: nn.Module, adapter_name: str) -> Iterator[tuple[FolkloraLayer, Update]]:

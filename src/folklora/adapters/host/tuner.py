@@ -20,6 +20,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper, _get_submodules
 from torch import Tensor, nn
 
 from folklora.adapters.base import PEFT_TYPE, AdapterConfig
+from folklora.adapters.host.aside import others_aside
 from folklora.adapters.host.attention import layer_class
 from folklora.adapters.host.blocks import block_of, read_block, stop_reading
 from folklora.adapters.host.call import CallContext, listen, stop_listening
@@ -68,13 +69,14 @@ class FolkloraModel(BaseTuner):
                 problem is named.
         """
         config = self.peft_config[adapter_name]
-        config.fit(model)
-        targets = self.targets(model, config)
-        if config.needs and not _awaits_values(config):
-            check_statistics(config, targets)
-        place_shared(model, self._context(), adapter_name, make_shared(config, targets))
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
-        link_siblings(model)
+        with others_aside(model, adapter_name):
+            config.fit(model)
+            targets = self.targets(model, config)
+            if config.needs and not _awaits_values(config):
+                check_statistics(config, targets)
+            place_shared(model, self._context(), adapter_name, make_shared(config, targets))
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            link_siblings(model)
         if config.statistics is not None:
             # they may be as large as the model, and the model would keep them alive
             self.peft_config[adapter_name] = config.calibrated(None)
@@ -235,7 +237,8 @@ class FolkloraModel(BaseTuner):
             )
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        with others_aside(self.model, adapter_name):
+            super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         if not autocast_adapter_dtype:
             # they are made in float32, and PEFT knows only how to leave them as they are
             for layer, update in updates_of(self.model, adapter_name):

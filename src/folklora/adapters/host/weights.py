@@ -13,8 +13,15 @@ from torch import Tensor, nn
 
 from folklora.adapters.base import AdapterConfig
 from folklora.adapters.host.call import CallContext
-from folklora.adapters.host.kinds import in_attention, is_transposed, weight_at, weight_matrices, weight_names
-from folklora.adapters.host.layer import FolkloraLayer, evenly_spaced
+from folklora.adapters.host.kinds import (
+    evenly_spaced,
+    in_attention,
+    is_transposed,
+    weight_at,
+    weight_matrices,
+    weight_names,
+)
+from folklora.adapters.host.layer import FolkloraLayer
 from folklora.adapters.host.stacks import StackUpdate, expanded, stacked, swapped_call
 
 
