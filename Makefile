@@ -5,8 +5,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# two processes of one thread each: most tests are too small for a second thread to help
-PYTEST := -m pytest -n 2 --dist loadfile
+# two processes of one thread each: most tests are too small for a second thread to help; files begin in their order, or
+# the longest test, alone in its file, would begin last
+PYTEST := -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 export TOKENIZERS_PARALLELISM = false
 
 .PHONY: demo test docs floor lint install clean

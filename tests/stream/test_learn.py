@@ -169,8 +169,11 @@ def test_old_adapters_are_bit_identical_after_later_tasks(method, tiny_llama, ti
         train_task(model, tiny_tokenizer, method, task.train, settings, seed=0, folder=tmp_path)
         method.finish(model, tiny_tokenizer, tasks, index)
     moved = {name for name, value in model.named_parameters() if not torch.equal(value, before[name])}
-    (changed,) = method.changed(model, 1)
-    assert moved == {name for name in before if f".{changed}." in name and not name.endswith("base_sample")}
+    changed = method.changed(model, 1)
+    allowed = {name for name in before if any(f".{own}." in name for own in changed)}
+    # of several adapters a task, one that no prompt retrieves may stay
+    assert moved <= allowed if len(changed) > 1 else moved == {n for n in allowed if not n.endswith("base_sample")}
+    assert moved
 
 
 def test_replay_remembers_evenly_and_only_training_rows():
