@@ -303,7 +303,7 @@ def test_what_cannot_be_adapted_is_refused(tiny_vit: Maker) -> None:
     with pytest.raises(ValueError, match="an adapter 'teacher' already"):
         HomeostaticAdaptation(method.model)
     with pytest.raises(ValueError, match="'default' is no ViDA"):
-        HomeostaticAdaptation(get_peft_model(tiny_vit(), LoRA(r=2, target_modules=["q_proj"])))
+        HomeostaticAdaptation(get_peft_model(tiny_vit(), LoRA(r=2, target_modules="all-linear")))
     with pytest.raises(ValueError, match="has an adapter already"):
         HomeostaticAdaptation(get_peft_model(tiny_vit(), ViDA(r=2)), ViDA(r=2))
     with pytest.raises(ValueError, match=r"modules of its own \(classifier\)"):
