@@ -14,7 +14,7 @@ from transformers import BertConfig, BertModel
 from folklora import LoRA
 from folklora.adapters.host.layer import layers_of, updates_of
 from folklora.continual import SLM
-from folklora.continual.encoders import BaseEncoder, SentenceEncoder, prompt_mask
+from folklora.encoders import BaseEncoder, SentenceEncoder, prompt_mask
 from folklora.stream.evaluate import rank_labels
 from folklora.stream.tokens import encode
 from folklora.stream.train import TrainSettings, train_task

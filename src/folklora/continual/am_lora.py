@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from folklora.adapters.am_lora import AMLoRA, AMLoRAUpdate, add_task
 from folklora.adapters.host.layer import layers_of
 from folklora.continual.base import ContinualMethod
-from folklora.continual.encoders import padded
+from folklora.encoders import padded
 from folklora.stream.tasks import Task
 
 _OBSERVED = 48

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from folklora.adapters.host.layer import layers_of
 from folklora.adapters.host.mixture import mix_by_row
 from folklora.continual.base import AdapterPerTask
-from folklora.continual.encoders import BaseEncoder, Encoder, SentenceEncoder, encode_prompts
+from folklora.encoders import BaseEncoder, Encoder, SentenceEncoder, encode_prompts
 from folklora.stream.tasks import Task
 
 _BASE = "base"

@@ -20,7 +20,7 @@ from folklora.adapters.host.export import export_lora
 from folklora.adapters.host.layer import layers_of
 from folklora.adapters.host.mixture import mix_by_row
 from folklora.adapters.lora import LoRA
-from folklora.continual.encoders import BaseEncoder, encode_prompts
+from folklora.encoders import BaseEncoder, encode_prompts
 from folklora.factored import Factors
 from folklora.merge.engine.tasks import task_names
 from folklora.merge.factors import twin_merging
