@@ -29,7 +29,8 @@ def work(jobs: Sequence[tuple[str, Job]], run: Run, folder: Path, *, workers: in
     """
     todo = [(folder / name, job) for name, job in jobs if not (folder / name).is_file()]
     print(f"{len(todo)} of {len(jobs)} jobs to do", flush=True)
-    if workers == 1 or len(todo) < 2:
+    # a single job too: of several GPUs, a worker sees its own, and a trainer refuses to see more
+    if workers == 1 or not todo:
         for path, job in todo:
             if time.time() < deadline:
                 print(_kept(path, job, run), flush=True)
