@@ -42,11 +42,13 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "adapt-infty": ("adapt-infty", {}),
     "osft": ("osft", WITHOUT_LORA),
     "lt-sft": ("lt-sft", WITHOUT_LORA),
-    "exssnet": ("exssnet", WITHOUT_LORA),
+    "exssnet": ("exssnet", {**WITHOUT_LORA, "density": 0.5, "mask_learning_rate": 1e-2}),
     "progprompt": ("progprompt", {**WITHOUT_LORA, "target_modules": None}),
     "l2p": ("l2p", {**WITHOUT_LORA, "target_modules": None}),
 }
 ORDER_FREE = ("per-task", "multi-task")
+# prompts are trained at other rates than weights
+RATES: dict[str, list[float]] = {"progprompt": [3e-3, 3e-2, 3e-1], "l2p": [3e-3, 3e-2, 3e-1]}
 LONGEST_TEXT = 1200  # characters; the question around the text is never cut
 
 
@@ -76,20 +78,21 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--orders", nargs="+", default=list(ORDERS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--names", nargs="+", choices=("named", "unnamed"), default=["named", "unnamed"])
-    parser.add_argument("--rates", nargs="+", type=float, default=[3e-4, 1e-3, 3e-3])
+    parser.add_argument("--rates", nargs="+", type=float, default=[3e-4, 1e-3, 3e-3], help="of all but prompts")
     parser.add_argument("--targets", default="all-linear", help='"all-linear" or names joined by commas')
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--epochs", type=float, default=2)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--train-rows", type=int, default=2000, help="training examples a task at the most")
     parser.add_argument("--test-rows", type=int, default=500)
+    parser.add_argument("--evaluate", choices=("all", "seen", "last"), default="all", help="what is scored when")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--minutes", type=float, default=1e6, help="no new run begins after this")
     return parser.parse_args()
 
 
 def tuning_jobs(options: argparse.Namespace) -> list[dict[str, Any]]:
-    grid = itertools.product(options.rates, options.methods)
+    grid = ((rate, method) for method in options.methods for rate in RATES.get(method, options.rates))
     common = {"kind": "tune", "names": options.names[0], "order": "order1", "seed": 0, "validation": 0.1}
     return [{**common, "method": method, "rate": rate} for rate, method in grid]
 
@@ -132,7 +135,7 @@ def learn_one(job: dict[str, Any], options: argparse.Namespace) -> tuple[dict[st
     settings = {
         "learning_rate": job["rate"], "epochs": options.epochs, "batch_size": options.batch, "r": options.rank,
         "alpha": 32.0, "dropout": 0.1, "target_modules": targets, "max_length": 512, "eval_batch_size": 50,
-        "group_by_length": True,
+        "group_by_length": True, "evaluate": options.evaluate,
     }  # fmt: skip
     chosen = {key: value for key, value in {**settings, **own}.items() if value is not None}
     tasks = load_order(options, job["order"], named=job["names"] == "named")
