@@ -76,6 +76,8 @@ def _guarded(packed: tuple[Path, Job], run: Run, deadline: float) -> str:
     path, job = packed
     if time.time() > deadline:
         return f"not begun: {path.name}"
+    if path.is_file():
+        return f"done meanwhile: {path.name}"
     try:
         return _kept(path, job, run)
     except Exception:

@@ -1,0 +1,251 @@
+"""What a merged model keeps of its specialists: seven tasks, one fine-tuned model each, every merging method.
+
+    python benchmarks/specialists.py --model MODEL --data DATA --out OUT [--workers N] [--tiny]
+
+MODEL is a folder of a causal model, DATA one with glue/, cl_benchmark/, e2e/ and math/. A specialist is MODEL
+fine-tuned in full on one task (AdamW, 6 % warm-up, linear decay; the learning rate of each task is the best of
+`--rates` on held-out rows, one seed). For each seed the seven are trained, and each method merges them. What
+CONFIGURATIONS lists is tried on the held-out rows, at most five settings a method; the best by their mean normalised
+score is scored on the test rows. Normalised: the score divided by the specialist's on the same rows, in percent, mean
+over the tasks. Marked "task known" are methods that give each task a model of its own. `twin-merging, routed` finds the
+task itself, with a router that learns from the held-out prompts. `atlas` trains one coefficient for each specialist and
+tensor on `--few` training rows a task. `multi-task` is MODEL trained on all tasks at once, for as many steps as all
+specialists together. Methods for two models are left out. Jobs are independent, and each finished one is kept, so the
+script resumes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from adapter_tasks import batch_of
+from adapters import machine, quiet
+from jobs import Job, file_name, records, work
+from safetensors.torch import load_file, save_file
+from specialist_merging import CONFIGURATIONS, MAKERS, of_tensors
+from specialist_tasks import TASKS, base_model, descend, draw, loaded, model_file, score
+from torch import nn
+
+import folklora
+
+KNOWN = ("emr", "tall", "tsv-c", "twin-merging", "specialists")
+TINY = {
+    "train_rows": 8, "validation_rows": 4, "test_rows": 4, "steps": 2, "batch": 2, "eval_batch": 4, "seeds": [0],
+    "rates": [1e-3], "few": 2, "few_steps": 2, "tasks": ["sst2", "trec6", "e2e", "math"],
+}  # fmt: skip
+
+
+def main() -> None:
+    options = arguments()
+    (options.out / "models").mkdir(parents=True, exist_ok=True)
+    everything = [*options.tasks, "multi-task"]
+    tuning = [
+        {"kind": "rate", "task": t, "rate": r, "seed": 0} for r, t in itertools.product(options.rates, everything)
+    ]
+    do(tuning, options)
+    best = best_rates(options.out)
+    training = [
+        {"kind": "train", "task": task, "rate": best[task], "seed": seed}
+        for seed, task in itertools.product(options.seeds, everything)
+    ]
+    do(training, options)
+    merging = itertools.product(options.seeds, ["base", *options.methods])
+    do([{"kind": "merge", "method": method, "seed": seed} for seed, method in merging], options)
+    write_table(options)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--methods", nargs="+", choices=list(CONFIGURATIONS), default=list(CONFIGURATIONS))
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--rates", nargs="+", type=float, default=[1e-4, 3e-4, 1e-3])
+    parser.add_argument("--steps", type=int, default=200, help="of each specialist")
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--eval-batch", type=int, default=100)
+    parser.add_argument("--train-rows", type=int, default=1800)
+    parser.add_argument("--validation-rows", type=int, default=100)
+    parser.add_argument("--test-rows", type=int, default=400)
+    parser.add_argument("--length", type=int, default=160, help="tokens of a row at the most")
+    parser.add_argument("--few", type=int, default=32, help="rows a task that atlas learns from")
+    parser.add_argument("--few-steps", type=int, default=60)
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--tiny", action="store_true", help="a few rows and steps, to try the script")
+    options = parser.parse_args()
+    if options.tiny:
+        vars(options).update(TINY)
+    return options
+
+
+def do(jobs: list[Job], options: argparse.Namespace) -> None:
+    named = [(job_name(job), job) for job in jobs]
+    work(named, partial(one_job, options=options), options.out, workers=options.workers, deadline=float("inf"))
+
+
+def job_name(job: Job) -> str:
+    return file_name(job["kind"], job.get("task", job.get("method")), f"seed{job['seed']}", f"{job.get('rate', 0):g}")
+
+
+def best_rates(out: Path) -> dict[str, float]:
+    """Task → the learning rate with the best score on held-out rows."""
+    found: dict[str, tuple[float, float]] = {}
+    for record in records(out, "rate"):
+        key, worth = record["task"], (record["score"], -record["rate"])
+        found[key] = max(found.get(key, worth), worth)
+    return {key: -rate for key, (_, rate) in found.items()}
+
+
+def one_job(job: Job, options: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    torch.set_num_threads(1)
+    quiet()
+    began = time.perf_counter()
+    found = merge_job(job, options) if job["kind"] == "merge" else train_job(job, options)
+    record = {**job, **found, "seconds": round(time.perf_counter() - began, 1), "machine": machine()}
+    shown = found.get("score", found.get("normalised"))
+    return record, f"{record['seconds']:6.1f} s  {shown:5.1f}  {job_name(job)}"
+
+
+def train_job(job: Job, options: argparse.Namespace) -> dict[str, Any]:
+    """Train a specialist, or the model of all tasks; keep it unless a rate is being chosen."""
+    model = base_model(options)
+    torch.manual_seed(job["seed"])
+    own = options.tasks if job["task"] == "multi-task" else [job["task"]]
+    train(model, own, job, options)
+    split = "validation" if job["kind"] == "rate" else "test"
+    scores = {name: score(model, *loaded(name, options), split, options.eval_batch) for name in own}
+    found: dict[str, Any] = {"scores": scores, "score": statistics.mean(scores.values())}
+    if job["kind"] == "train":
+        found["validation"] = {
+            name: score(model, *loaded(name, options), "validation", options.eval_batch) for name in own
+        }
+        state = {name: value.detach().cpu().contiguous() for name, value in model.named_parameters()}
+        save_file(state, model_file(options, job["task"], job["seed"]))
+        if job["task"] != "multi-task":
+            save_statistics(model, job, options)
+    return found
+
+
+def train(model: nn.Module, tasks: Sequence[str], job: Job, options: argparse.Namespace) -> None:
+    """AdamW over all parameters; with several tasks each batch is of one, in turn."""
+    steps = options.steps * len(tasks)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=job["rate"], weight_decay=0.0)
+    warmup = max(1, round(0.06 * steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))
+    )
+    model.train()
+    batches = [draw(loaded(name, options)[0].task.train, options.batch, f"{job['seed']}:{name}") for name in tasks]
+    for step in range(steps):
+        descend(model, model, tasks[step % len(tasks)], next(batches[step % len(tasks)]), options)
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+
+
+def save_statistics(model: Any, job: Job, options: argparse.Namespace) -> None:
+    """The Fisher information and the inputs' covariance of each linear layer, over 256 training rows."""
+    task, tokenizer = loaded(job["task"], options)
+    rows = task.task.train[:256]
+    batches = [
+        batch_of(rows[i : i + 8], task.task, tokenizer.pad_token_id, model.device) for i in range(0, len(rows), 8)
+    ]
+    found = folklora.calibrate(model, batches, ["fisher", "covariance"], target_modules="all-linear")
+    found.save(model_file(options, job["task"], job["seed"], "statistics"))
+
+
+def merge_job(job: Job, options: argparse.Namespace) -> dict[str, Any]:
+    """Choose a method's setting on held-out rows, and score it on the test rows."""
+    model = base_model(options)
+    base = {name: value.detach().clone() for name, value in model.named_parameters()}
+    specialists = [load_file(model_file(options, t, job["seed"]), device=str(model.device)) for t in options.tasks]
+    trained = {r["task"]: r for r in records(options.out, "train") if r["seed"] == job["seed"]}
+    own = {split: [trained[t][key][t] for t in options.tasks] for split, key in SPLITS.items()}
+
+    def worth(served: Callable[[int], Any], split: str) -> list[float]:
+        return [
+            score(served(t), *loaded(name, options), split, options.eval_batch) for t, name in enumerate(options.tasks)
+        ]
+
+    best: tuple[float, dict[str, Any], Callable[[int], Any]] | None = None
+    tried = []
+    for setting in CONFIGURATIONS.get(job["method"], [{}]):
+        served = MAKERS.get(job["method"], of_tensors)(model, base, specialists, setting, job, options)
+        value = normalised(worth(served, "validation"), own["validation"])
+        tried.append({**setting, "validation": value})
+        # the next setting writes to the same model, so the best is made again
+        if best is None or value > best[0]:
+            best = value, setting, served
+    served = MAKERS.get(job["method"], of_tensors)(model, base, specialists, best[1], job, options)
+    scores = worth(served, "test")
+    return {
+        "setting": best[1], "tried": tried, "scores": dict(zip(options.tasks, scores, strict=True)),
+        "normalised": normalised(scores, own["test"]),
+    }  # fmt: skip
+
+
+SPLITS = {"validation": "validation", "test": "scores"}
+
+
+def normalised(scores: Sequence[float], own: Sequence[float]) -> float:
+    # what a specialist hardly does is no measure
+    return 100 * statistics.mean(score / max(1.0, best) for score, best in zip(scores, own, strict=True))
+
+
+def write_table(options: argparse.Namespace) -> None:
+    """Mean and spread over seeds: the normalised score, and each task's own."""
+    runs = records(options.out, "merge")
+    rows = {method: [r for r in runs if r["method"] == method] for method in ("base", *options.methods)}
+    train_records = records(options.out, "train")
+    rows["multi-task"], rows["specialists"] = [], []
+    for seed in options.seeds:
+        own = {
+            r["task"]: r["scores"][r["task"]] for r in train_records if r["seed"] == seed and r["task"] in options.tasks
+        }
+        rows["specialists"].append({"normalised": 100.0, "scores": own, "setting": {}})
+        for record in train_records:
+            if record["task"] == "multi-task" and record["seed"] == seed:
+                value = normalised([record["scores"][t] for t in options.tasks], [own[t] for t in options.tasks])
+                rows["multi-task"].append({**record, "normalised": value, "setting": {}})
+    heads = ["method", "normalised, %", *options.tasks, "settings by seed"]
+    print("| " + " | ".join(heads) + " |\n| --- |" + " --: |" * (len(heads) - 2) + " --- |")
+    for method, found in rows.items():
+        if found:
+            cells = [spread([r["normalised"] for r in found])]
+            cells += [spread([r["scores"][task] for r in found]) for task in options.tasks]
+            chosen = "; ".join(
+                " ".join(
+                    f"{v[0] if isinstance(v, (list, tuple)) else v:g}"
+                    for k, v in r["setting"].items()
+                    if k != "density"
+                )
+                for r in found
+            )
+            name = f"{method} (task known)" if method in KNOWN else method
+            print(f"| {name} | " + " | ".join(cells) + f" | {chosen.strip('; ')} |")
+
+
+def shown(setting: dict[str, Any]) -> str:
+    """The values of a setting, but those that are the same in all."""
+    kept = [value for key, value in setting.items() if key != "density"]
+    return " ".join(f"{value[0] if isinstance(value, list) else value:g}" for value in kept)
+
+
+def spread(values: Sequence[float]) -> str:
+    more = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{more}"
+
+
+if __name__ == "__main__":
+    main()
