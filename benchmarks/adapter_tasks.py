@@ -147,7 +147,8 @@ def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    # not splitlines: some texts hold other signs that it takes for the end of a line
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").rstrip("\n").split("\n")]
 
 
 def batch_of(rows: Sequence[Row], task: Task, pad: int, device: torch.device) -> dict[str, Tensor]:

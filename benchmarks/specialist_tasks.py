@@ -84,7 +84,8 @@ def _row(tokenizer: PreTrainedTokenizerBase, choice: Choice, answers: Sequence[s
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    # not splitlines: some texts hold other signs that it takes for the end of a line
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").rstrip("\n").split("\n")]
 
 
 def score(model: Any, work: Work, tokenizer: PreTrainedTokenizerBase, split: str, batch: int) -> float:

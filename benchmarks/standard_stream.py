@@ -162,7 +162,8 @@ def load_order(options: argparse.Namespace, order: str, *, named: bool) -> list[
         head = f"{lines}{table['instructions'][family]}Option: {', '.join(labels)} \n"
 
         def read(split: str, most: int, name: str = name, head: str = head) -> tuple[Example, ...]:
-            rows = (options.data / name / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()[:most]
+            # not splitlines: some texts hold other signs that it takes for the end of a line
+            rows = (options.data / name / f"{split}.jsonl").read_text(encoding="utf-8").rstrip("\n").split("\n")[:most]
             read = [json.loads(row) for row in rows]
             return tuple(Example(f"{head}{r['text'][:LONGEST_TEXT]}\nAnswer:", f" {r['label']}") for r in read)
 
