@@ -7,7 +7,6 @@ import torch
 from peft.utils import merge_utils
 
 from folklora.merge import breadcrumbs, dare_linear, dare_ties, della, sce, task_arithmetic, ties
-from folklora.merge.sparsify import magnitude
 
 # sums of a few terms of size 1 in another order
 CLOSE = {"rtol": 0, "atol": 1e-6}
@@ -15,6 +14,11 @@ CLOSE = {"rtol": 0, "atol": 1e-6}
 
 def generators(count: int, seed: int = 0) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(seed + i) for i in range(count)]
+
+
+def magnitude(change: torch.Tensor, density: float) -> torch.Tensor:
+    """What TIES keeps of a task vector that is alone."""
+    return ties([change], torch.zeros_like(change), density=[density])
 
 
 @pytest.fixture

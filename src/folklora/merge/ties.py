@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from folklora.merge.blocks import Blocks, Rows
 from folklora.merge.contract import merging
-from folklora.merge.deltas import deltas
 from folklora.merge.election import united
 from folklora.merge.sparsify import magnitude
 
@@ -24,7 +24,7 @@ def ties(
     density: Sequence[float] = (1.0,),
     lambda_: float = 1.0,
     normalize: bool = True,
-) -> Tensor:
+) -> Rows:
     r"""TIES: trim each task vector, elect a sign for each entry, take the mean of those that have it.
 
     τ_t = θ_t - θ_0.
@@ -64,5 +64,5 @@ def ties(
         lambda_: λ, the scale of the merged task vector.
         normalize: Divide by the sum of the weights that agree.
     """
-    trimmed = [magnitude(delta, rho) for delta, rho in zip(deltas(models, base), density, strict=True)]
-    return base + lambda_ * united(trimmed, weight, normalize)
+    trimmed = magnitude(Blocks.of(models, base).changes(), density)
+    return trimmed.merged(lambda deltas, base: base + lambda_ * united(deltas, weight, normalize))

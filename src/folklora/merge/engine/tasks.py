@@ -113,7 +113,7 @@ def write_task(folder: str | Path, task: int | str, out: str | Path) -> Path:
     create(work, shards)
     with Writer(work, shards, 0) as writer:
         for name, tensor in task_tensors(folder, task):
-            writer.put(name, tensor)
+            writer.put(name, [tensor])
     (work / "done-0.txt").unlink()
     for path in folder.iterdir():
         if path.is_file() and path.suffix != ".safetensors" and path.name != INDEX:
