@@ -31,7 +31,8 @@ def breadcrumbs(
 
     Of τ_t = θ_t - θ_0 (N entries): first the int(γ_t N) of largest magnitude are dropped, then the smallest until
     int(ρ_t N) are left, exactly; θ = θ_0 + λ Σ_t w_t τ̂_t. Where ρ_t + γ_t > 1, fewer outliers are dropped; a density
-    of 1 drops nothing. A tensor of less than 1/γ_t entries has no outliers (in mergekit nothing of it is kept then).
+    of 1 drops nothing. A tensor of less than 1/γ_t entries has no outliers. Of equal magnitudes at either threshold the
+    first count as larger; mergekit, whose sort is unstable, may keep others of these entries.
 
     Source: Davari, Belilovsky, "Model Breadcrumbs: Scaling Multi-Task Model Merging with Sparse Masks", ECCV 2024,
     arXiv 2312.06795.

@@ -67,9 +67,15 @@ def mean(tensors: Sequence[Tensor], weights: Sequence[float] = ()) -> Tensor:
 
 
 def dot(a: Tensor, b: Tensor, dim: int | None = None) -> Tensor:
-    """The inner product along one dimension (kept), or of all entries, in float64."""
-    # a long float32 sum loses the digits that a small angle is made of
-    return (a * b).sum(dtype=torch.float64) if dim is None else (a * b).sum(dim, keepdim=True, dtype=torch.float64)
+    """The inner product along one dimension (kept), or of all entries, in float64.
+
+    A long float32 sum loses the digits that a small angle is made of. Of all entries, only the rows' sums are added up
+    in float64, which takes a third of the time: torch adds up a row of n entries as a tree, with an error of about
+    √(log2 n) of float32's for each, and the rows' errors are independent.
+    """
+    if dim is None:
+        return (a * b).sum(-1).sum(dtype=torch.float64)
+    return (a * b).sum(dim, keepdim=True, dtype=torch.float64)
 
 
 def gram(tensors: Sequence[Tensor], dim: int | None = None) -> Tensor:
@@ -104,7 +110,7 @@ def arc(gram: Tensor, t: float, colinear: float = 1 - 1e-12) -> Callable[[Tensor
     def point(a: Tensor, b: Tensor) -> Tensor:
         if line.all():
             return (b - a).mul_(t).add_(a)
-        result = (start.to(a.dtype) * a).add_(end.to(b.dtype) * b)
+        result = (start.to(a.dtype) * a).addcmul_(end.to(b.dtype), b)
         return torch.where(line, a + t * (b - a), result) if line.any() else result
 
     return point

@@ -29,7 +29,8 @@ def sce(models: Sequence[Tensor], base: Tensor, *, select_topk: float = 1.0) -> 
     Nothing is tuned but k. Equal weights where no model changed.
 
     mergekit takes equal weights already where Σ_s mean(τ̂_s²) < 10⁻⁶, which typical deltas of a language model are
-    below, and floors the divisor at 10⁻⁶; both are left out here.
+    below, and floors the divisor at 10⁻⁶; both are left out here. Of equal variances at the threshold the first are
+    kept here and any in mergekit, which changes those entries and, through w_t, a little all others of the tensor.
 
     Source: Wan, Zhong, Yang et al., "FuseChat: Knowledge Fusion of Chat Models", arXiv 2408.07990.
 

@@ -38,6 +38,10 @@ def ties(
     is trimmed on its own. mergekit divides by Σ w_t, which turns a negative weight back into a positive one; here it
     stays negative. PEFT elects without the weights and divides by the count, which is the same where w_t = 1.
 
+    Of the entries whose magnitude is the threshold, mergekit and PEFT keep those that an unstable sort puts first. Task
+    vectors of bfloat16 checkpoints have few distinct magnitudes (1 to 4 % of the entries are at the threshold), and
+    results differ in these entries alone. Likewise the sign of a sum that is 0 but for rounding is not the same.
+
     Source: Yadav, Tam, Choshen, Raffel, Bansal, "TIES-Merging: Resolving Interference When Merging Models", NeurIPS
     2023, arXiv 2306.01708. The authors' ρ is 0.2 and their λ without validation data 1.
 
