@@ -34,7 +34,7 @@ import typing
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -51,11 +51,14 @@ class PerTask(ABC):
     """What a method returns that gives another tensor for each task: parts common to the tasks, and parts of each.
 
     To serve one task, call `for_task`. To store all of them, write `state()` beside the base under the tensor's name;
-    `of_state` reads it again.
+    `of_state` reads it again. `summed` names those of a state's tensors that count as their sum over all of a model's
+    tensors, once all of these are there.
 
     Args:
         base: The base's tensor, or what a method puts in its place for all tasks.
     """
+
+    summed: ClassVar[tuple[str, ...]] = ()
 
     base: Tensor
 
