@@ -49,6 +49,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "task_arithmetic": {"each": {"weight": 0.5}, "base": True},
     "ties": {"each": {"weight": 0.5, "density": 0.5}, "base": True},
     "dare_ties": {"each": {"weight": 0.5, "density": 0.5}, "base": True},
+    "sce": {"whole": {"select_topk": 0.5}, "base": True},
 }
 _SHARD_LAYERS = 8
 

@@ -6,8 +6,7 @@ import pytest
 import torch
 from peft.utils import merge_utils
 
-from folklora.merge import breadcrumbs, dare_linear, dare_ties, della, sce, task_arithmetic, ties
-from folklora.merge.sparsify import magnitude
+from folklora.merge import breadcrumbs, breadcrumbs_ties, dare_linear, dare_ties, della, sce, task_arithmetic, ties
 
 # sums of a few terms of size 1 in another order
 CLOSE = {"rtol": 0, "atol": 1e-6}
@@ -15,6 +14,11 @@ CLOSE = {"rtol": 0, "atol": 1e-6}
 
 def generators(count: int, seed: int = 0) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(seed + i) for i in range(count)]
+
+
+def magnitude(change: torch.Tensor, density: float) -> torch.Tensor:
+    """What TIES keeps of a task vector that is alone."""
+    return ties([change], torch.zeros_like(change), density=[density])
 
 
 @pytest.fixture
@@ -50,6 +54,37 @@ def test_dare_is_pefts_on_average(tasks):
     # each is within its own standard error of the sum, whose variance is Σ τ²
     error = (2 * sum(change.square() for change in changes) / count).sqrt()
     assert ((ours - base - theirs).abs() <= 5 * error).all()
+
+
+def _last_first(method, models, base, **options):
+    """The same merge with the last of equal magnitudes in place of the first, as another sort would have it."""
+    return method([model.flip(0, 1) for model in models], base.flip(0, 1), **options).flip(0, 1)
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "ranks"),
+    [
+        (ties, {"density": [0.5]}, [0.5]),
+        (breadcrumbs, {"density": [0.5], "gamma": [0.1]}, [0.1, 0.6]),
+        (breadcrumbs_ties, {"density": [0.5], "gamma": [0.1]}, [0.1, 0.6]),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_another_choice_among_equal_magnitudes_changes_the_entries_at_the_threshold_alone(
+    method, options, ranks, dtype, normal
+):
+    base = (0.02 * normal(64, 96)).to(dtype)
+    models = [(base + 0.002 * normal(64, 96, seed=1 + i).to(dtype)).float() for i in range(2)]
+    base = base.float()
+    differ = method(models, base, **options) != _last_first(method, models, base, **options)
+    at_threshold = torch.zeros_like(differ)
+    for magnitudes in ((model - base).abs() for model in models):
+        order = magnitudes.flatten().sort(descending=True).values
+        for rank in ranks:
+            at_threshold |= magnitudes == order[int(rank * len(order)) - 1]
+    assert not (differ & ~at_threshold).any()
+    # where the checkpoints are bfloat16 it is the reason why two correct programs differ; in float32 nothing is equal
+    assert bool(differ.any()) == (dtype == torch.bfloat16)
 
 
 def test_ties_by_hand():

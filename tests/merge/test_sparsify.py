@@ -2,10 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
 
-from folklora.merge.sparsify import by_rank, largest, magnitude, outliers, random
+from folklora.merge import sparsify
+from folklora.merge.blocks import Blocks
+from folklora.merge.sparsify import Largest
+
+
+def alone(sparsifier: Callable[..., Blocks]) -> Callable[..., Tensor]:
+    """A sparsifier of one task vector."""
+
+    def call(delta: Tensor, *options: Any) -> Tensor:
+        own = [[option] if isinstance(option, (float, torch.Generator)) else option for option in options]
+        return sparsifier(Blocks.of([delta]), *own).merged(lambda deltas, _: deltas[0]).whole()
+
+    return call
+
+
+magnitude, outliers, random, by_rank = map(
+    alone, (sparsify.magnitude, sparsify.outliers, sparsify.random, sparsify.by_rank)
+)
+
+
+def largest(values: Tensor, count: int) -> Tensor:
+    parts = Blocks.of([values])
+    return parts.each_pass(Largest(parts, [count]).masks).merged(lambda masks, _: masks[0]).whole()
 
 
 def generator(seed: int = 0) -> torch.Generator:

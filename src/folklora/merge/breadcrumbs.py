@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from folklora.merge.blocks import Blocks, Rows
 from folklora.merge.contract import merging
-from folklora.merge.deltas import deltas, mixed
+from folklora.merge.deltas import mixed
 from folklora.merge.election import united
 from folklora.merge.sparsify import outliers
 
@@ -25,12 +26,13 @@ def breadcrumbs(
     gamma: Sequence[float] = (0.01,),
     lambda_: float = 1.0,
     normalize: bool = False,
-) -> Tensor:
+) -> Rows:
     r"""Model Breadcrumbs: drop each task vector's outliers and its smallest entries, and add.
 
     Of τ_t = θ_t - θ_0 (N entries): first the int(γ_t N) of largest magnitude are dropped, then the smallest until
     int(ρ_t N) are left, exactly; θ = θ_0 + λ Σ_t w_t τ̂_t. Where ρ_t + γ_t > 1, fewer outliers are dropped; a density
-    of 1 drops nothing. A tensor of less than 1/γ_t entries has no outliers (in mergekit nothing of it is kept then).
+    of 1 drops nothing. A tensor of less than 1/γ_t entries has no outliers. Of equal magnitudes at either threshold the
+    first count as larger; mergekit, whose sort is unstable, may keep others of these entries.
 
     Source: Davari, Belilovsky, "Model Breadcrumbs: Scaling Multi-Task Model Merging with Sparse Masks", ECCV 2024,
     arXiv 2312.06795.
@@ -57,7 +59,8 @@ def breadcrumbs(
         lambda_: λ, the scale of the sum.
         normalize: Divide by the sum of the weights.
     """
-    return base + lambda_ * mixed(_trimmed(models, base, density, gamma), weight, normalize)
+    trimmed = outliers(Blocks.of(models, base).changes(), density, gamma)
+    return trimmed.merged(lambda deltas, base: base + lambda_ * mixed(deltas, weight, normalize))
 
 
 @merging(
@@ -73,7 +76,7 @@ def breadcrumbs_ties(
     gamma: Sequence[float] = (0.01,),
     lambda_: float = 1.0,
     normalize: bool = False,
-) -> Tensor:
+) -> Rows:
     r"""Model Breadcrumbs with TIES' election: drop both tails, elect a sign for each entry, add those that have it.
 
     τ̂_t as in `breadcrumbs`; γ = sign(Σ_t w_t τ̂_t); θ = θ_0 + λ Σ_{t: sign(w_t τ̂_t) = γ} w_t τ̂_t. With `normalize`,
@@ -103,9 +106,5 @@ def breadcrumbs_ties(
         lambda_: λ, the scale of the sum.
         normalize: Divide by the sum of the weights that agree.
     """
-    return base + lambda_ * united(_trimmed(models, base, density, gamma), weight, normalize)
-
-
-def _trimmed(models: Sequence[Tensor], base: Tensor, density: Sequence[float], gamma: Sequence[float]) -> list[Tensor]:
-    each = zip(deltas(models, base), density, gamma, strict=True)
-    return [outliers(delta, rho, share) for delta, rho, share in each]
+    trimmed = outliers(Blocks.of(models, base).changes(), density, gamma)
+    return trimmed.merged(lambda deltas, base: base + lambda_ * united(deltas, weight, normalize))

@@ -21,7 +21,9 @@ Options are keyword-only. Their types say where their values come from:
 
 Inputs may have any floating dtype. A method computes in float32, or in float64 if one of its tensors is float64, and
 returns that; the caller casts. Integer tensors (position ids, counters) are not merged: copy them from the base.
-The return type is `Tensor`, or a class of `PerTask` where a method gives each task a tensor of its own.
+The return type is `Tensor`; or a class of `PerTask` where a method gives each task a tensor of its own; or `Rows`,
+which is a tensor to whoever calls the method: such a method reads the tensors through `Blocks` alone, some rows at a
+time, and so does one that is marked `by_entry`.
 """
 
 from __future__ import annotations
@@ -32,14 +34,16 @@ import typing
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
+from folklora.merge.blocks import Blocks, Rows
 from folklora.merge.deltas import Lazy
 
 Merge = TypeVar("Merge", bound=Callable[..., Any])
+_FIXED = ("models", "base")
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,11 +51,14 @@ class PerTask(ABC):
     """What a method returns that gives another tensor for each task: parts common to the tasks, and parts of each.
 
     To serve one task, call `for_task`. To store all of them, write `state()` beside the base under the tensor's name;
-    `of_state` reads it again.
+    `of_state` reads it again. `summed` names those of a state's tensors that count as their sum over all of a model's
+    tensors, once all of these are there.
 
     Args:
         base: The base's tensor, or what a method puts in its place for all tasks.
     """
+
+    summed: ClassVar[tuple[str, ...]] = ()
 
     base: Tensor
 
@@ -76,19 +83,21 @@ class PerTask(ABC):
 def merging(paper: str, trains: str, by_entry: bool = False) -> Callable[[Merge], Merge]:
     """Make a function a merging method: give it its source, and check and cast what it is called with.
 
+    Its `by_rows` says whether it goes through the tensors some rows at a time. If so, its `rows` takes the same
+    arguments and gives `Rows`; there, models and base may be anything `Readable`, such as tensors on the disk.
+
     Args:
         paper: Its source, in one line.
         trains: What of the models goes into the merged one, in a few words.
-        by_entry: Whether each entry of the result depends on that entry of the models alone, so that a large tensor can
-            be merged in parts.
+        by_entry: Whether each entry of the result depends on that entry of the models alone.
     """
 
     def decorate(function: Merge) -> Merge:
         signature = inspect.signature(function)
+        by_rows = by_entry or signature.return_annotation in (Rows, Rows.__name__)
 
-        @functools.wraps(function)
         @torch.no_grad()
-        def method(*args: Any, **options: Any) -> Any:
+        def call(*args: Any, **options: Any) -> Any:
             bound = signature.bind(*args, **options)
             bound.apply_defaults()
             given = bound.arguments
@@ -96,13 +105,32 @@ def merging(paper: str, trains: str, by_entry: bool = False) -> Callable[[Merge]
             _check(function.__name__, given, kinds)
             count, dtype = len(given["models"]), _precision(given, kinds)
             for name, kind in kinds.items():
-                given[name] = _cast(function.__name__, name, given[name], kind, count, dtype)
+                if not (by_rows and name in _FIXED):
+                    given[name] = _cast(function.__name__, name, given[name], kind, count, dtype)
+            if by_entry:
+                return _by_entry(function, given, kinds)
             return function(*bound.args, **bound.kwargs)
 
-        method.paper, method.trains, method.by_entry = paper, trains, by_entry
+        @functools.wraps(function)
+        @torch.no_grad()
+        def method(*args: Any, **options: Any) -> Any:
+            result = call(*args, **options)
+            return result.whole() if by_rows else result
+
+        if by_rows:
+            method.rows = call
+            method.__signature__ = signature.replace(return_annotation=Tensor)
+            method.__annotations__ = {**method.__annotations__, "return": Tensor}
+        method.paper, method.trains, method.by_rows = paper, trains, by_rows
         return method
 
     return decorate
+
+
+def _by_entry(function: Callable[..., Tensor], given: dict[str, Any], kinds: dict[str, Any]) -> Rows:
+    blocks = Blocks.of(given["models"], given["base"] if Tensor in _choices(kinds["base"]) else None)
+    options = {name: value for name, value in given.items() if name not in _FIXED}
+    return blocks.merged(lambda models, base: function(models, base, **options))
 
 
 @functools.cache
@@ -110,6 +138,10 @@ def _kinds(function: Callable[..., Any]) -> dict[str, Any]:
     """The type of each argument."""
     hints = {name: kind for name, kind in typing.get_type_hints(function).items() if name != "return"}
     return hints | {name: Sequence[Tensor] for name, kind in hints.items() if kind == Sequence[Tensor] | None}
+
+
+def _choices(kind: Any) -> tuple[Any, ...]:
+    return typing.get_args(kind) or (kind,)
 
 
 def _check(method: str, given: dict[str, Any], kinds: dict[str, Any]) -> None:
@@ -123,7 +155,7 @@ def _check(method: str, given: dict[str, Any], kinds: dict[str, Any]) -> None:
     if len(shapes) > 1:
         raise ValueError(f"{method} needs tensors of one shape, but they have {', '.join(map(str, sorted(shapes)))}")
     for tensor in everything:
-        if not tensor.is_floating_point():
+        if not tensor.dtype.is_floating_point:
             raise ValueError(f"{method} merges floating-point tensors, not {tensor.dtype}: copy it from the base")
 
 

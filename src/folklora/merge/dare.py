@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from folklora.merge.blocks import Blocks, Rows
 from folklora.merge.contract import merging
-from folklora.merge.deltas import deltas, mixed
+from folklora.merge.deltas import mixed
 from folklora.merge.election import united
 from folklora.merge.sparsify import Rescale, random
 
@@ -28,7 +29,7 @@ def dare_linear(
     normalize: bool = False,
     rescale: bool = True,
     rescale_norm: Rescale = "expected",
-) -> Tensor:
+) -> Rows:
     r"""DARE: drop entries of each task vector at random, rescale the others, and add.
 
     m_t ~ Bernoulli(ρ_t), independent for each entry; τ̂_t = m_t ⊙ τ_t / ρ_t, whose mean over masks is τ_t;
@@ -65,8 +66,8 @@ def dare_linear(
         rescale: Make up for what is dropped.
         rescale_norm: "expected" divides by ρ_t; "l1" keeps the sum of magnitudes.
     """
-    thinned = _thinned(models, base, density, generator, rescale, rescale_norm)
-    return base + lambda_ * mixed(thinned, weight, normalize)
+    thinned = random(Blocks.of(models, base).changes(), density, generator, rescale, rescale_norm)
+    return thinned.merged(lambda deltas, base: base + lambda_ * mixed(deltas, weight, normalize))
 
 
 @merging(
@@ -84,7 +85,7 @@ def dare_ties(
     normalize: bool = False,
     rescale: bool = True,
     rescale_norm: Rescale = "expected",
-) -> Tensor:
+) -> Rows:
     r"""DARE with TIES' election: drop at random, rescale, elect a sign for each entry, add those that have it.
 
     m_t ~ Bernoulli(ρ_t), τ̂_t = m_t ⊙ τ_t / ρ_t as in `dare-linear`; γ = sign(Σ_t w_t τ̂_t);
@@ -119,17 +120,5 @@ def dare_ties(
         rescale: Make up for what is dropped.
         rescale_norm: "expected" divides by ρ_t; "l1" keeps the sum of magnitudes.
     """
-    thinned = _thinned(models, base, density, generator, rescale, rescale_norm)
-    return base + lambda_ * united(thinned, weight, normalize)
-
-
-def _thinned(
-    models: Sequence[Tensor],
-    base: Tensor,
-    density: Sequence[float],
-    generator: Sequence[torch.Generator],
-    rescale: bool,
-    norm: Rescale,
-) -> list[Tensor]:
-    each = zip(deltas(models, base), density, generator, strict=True)
-    return [random(delta, rho, source, rescale, norm) for delta, rho, source in each]
+    thinned = random(Blocks.of(models, base).changes(), density, generator, rescale, rescale_norm)
+    return thinned.merged(lambda deltas, base: base + lambda_ * united(deltas, weight, normalize))

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from folklora.merge.blocks import Blocks, Rows
 from folklora.merge.contract import merging
-from folklora.merge.deltas import deltas, mixed
+from folklora.merge.deltas import mixed
 from folklora.merge.election import united
 from folklora.merge.sparsify import Rescale, by_rank
 
@@ -29,7 +30,7 @@ def della(
     normalize: bool = True,
     rescale: bool = True,
     rescale_norm: Rescale = "expected",
-) -> Tensor:
+) -> Rows:
     r"""DELLA: drop entries with a probability that falls with their magnitude's rank, elect signs, take the mean.
 
     In each row of τ_t = θ_t - θ_0 (n entries, ranks r = 1 ... n by magnitude, n the largest):
@@ -69,8 +70,8 @@ def della(
         rescale: Make up for what is dropped.
         rescale_norm: "expected" divides by p; "l1" keeps the sum of magnitudes.
     """
-    thinned = _thinned(models, base, density, epsilon, generator, rescale, rescale_norm)
-    return base + lambda_ * united(thinned, weight, normalize)
+    thinned = by_rank(Blocks.of(models, base).changes(), density, epsilon, generator, rescale, rescale_norm)
+    return thinned.merged(lambda deltas, base: base + lambda_ * united(deltas, weight, normalize))
 
 
 @merging(
@@ -89,7 +90,7 @@ def della_linear(
     normalize: bool = False,
     rescale: bool = True,
     rescale_norm: Rescale = "expected",
-) -> Tensor:
+) -> Rows:
     r"""DELLA without election: drop entries with a probability that falls with their magnitude's rank, and add.
 
     In each row of τ_t = θ_t - θ_0 (n entries, ranks r = 1 ... n by magnitude, n the largest):
@@ -128,18 +129,5 @@ def della_linear(
         rescale: Make up for what is dropped.
         rescale_norm: "expected" divides by p; "l1" keeps the sum of magnitudes.
     """
-    thinned = _thinned(models, base, density, epsilon, generator, rescale, rescale_norm)
-    return base + lambda_ * mixed(thinned, weight, normalize)
-
-
-def _thinned(
-    models: Sequence[Tensor],
-    base: Tensor,
-    density: Sequence[float],
-    epsilon: Sequence[float],
-    generator: Sequence[torch.Generator],
-    rescale: bool,
-    norm: Rescale,
-) -> list[Tensor]:
-    each = zip(deltas(models, base), density, epsilon, generator, strict=True)
-    return [by_rank(delta, rho, eps, source, rescale, norm) for delta, rho, eps, source in each]
+    thinned = by_rank(Blocks.of(models, base).changes(), density, epsilon, generator, rescale, rescale_norm)
+    return thinned.merged(lambda deltas, base: base + lambda_ * mixed(deltas, weight, normalize))

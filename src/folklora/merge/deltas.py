@@ -67,33 +67,53 @@ def mean(tensors: Sequence[Tensor], weights: Sequence[float] = ()) -> Tensor:
 
 
 def dot(a: Tensor, b: Tensor, dim: int | None = None) -> Tensor:
-    """The inner product along one dimension (kept), or of all entries, in float64."""
-    # a long float32 sum loses the digits that a small angle is made of
-    return (a * b).sum(dtype=torch.float64) if dim is None else (a * b).sum(dim, keepdim=True, dtype=torch.float64)
+    """The inner product along one dimension (kept), or of all entries, in float64.
+
+    A long float32 sum loses the digits that a small angle is made of. Of all entries, only the rows' sums are added up
+    in float64, which takes a third of the time: torch adds up a row of n entries as a tree, with an error of about
+    √(log2 n) of float32's for each, and the rows' errors are independent.
+    """
+    if dim is None:
+        return (a * b).sum(-1).sum(dtype=torch.float64)
+    return (a * b).sum(dim, keepdim=True, dtype=torch.float64)
 
 
-def cosine(a: Tensor, b: Tensor, dim: int | None = None) -> Tensor:
-    """The cosine of the angle between vectors along a dimension, or between tensors; 0 where one of them is zero."""
-    lengths = (dot(a, a, dim) * dot(b, b, dim)).sqrt()
-    return torch.where(lengths > 0, dot(a, b, dim) / lengths, 0.0).clamp(-1, 1)
+def gram(tensors: Sequence[Tensor], dim: int | None = None) -> Tensor:
+    """The inner products of all pairs, [T, T, ...] in float64, along one dimension or of all entries."""
+    pairs = {(i, j): dot(tensors[i], tensors[j], dim) for i in range(len(tensors)) for j in range(i + 1)}
+    return torch.stack(
+        [torch.stack([pairs[max(i, j), min(i, j)] for j in range(len(tensors))]) for i in range(len(tensors))]
+    )
 
 
-def arc(a: Tensor, b: Tensor, t: float, dim: int | None = None, colinear: float = 1 - 1e-12) -> Tensor:
-    """The point at t on the arc from a to b: sin((1-t) Ω) / sin Ω · a + sin(t Ω) / sin Ω · b.
+def cosines(gram: Tensor) -> Tensor:
+    """The cosines of the angles, from inner products; 0 where a vector is zero."""
+    squares = gram.diagonal().movedim(-1, 0)
+    lengths = (squares.unsqueeze(0) * squares.unsqueeze(1)).sqrt()
+    return torch.where(lengths > 0, gram / lengths, 0.0).clamp(-1, 1)
+
+
+def arc(gram: Tensor, t: float, colinear: float = 1 - 1e-12) -> Callable[[Tensor, Tensor], Tensor]:
+    """The point at t on the arc from a to b: sin((1-t) Ω) / sin Ω · a + sin(t Ω) / sin Ω · b, as a function of both.
 
     Args:
-        a: Where it starts, at t = 0.
-        b: Where it ends, at t = 1.
-        t: How far.
-        dim: The dimension along which vectors lie; None takes the tensors as one vector each.
+        gram: The inner products of a and b, [2, 2, ...]; the function takes the same vectors, or corresponding parts.
+        t: How far: 0 is a and 1 is b.
         colinear: Above this |cos Ω|, and where a vector is zero, the line a + t (b - a).
     """
-    cos = cosine(a, b, dim)
+    cos = cosines(gram)[0, 1]
     angle = cos.acos()
-    line = (cos.abs() > colinear) | (dot(a, a, dim) == 0) | (dot(b, b, dim) == 0)
+    line = (cos.abs() > colinear) | (gram[0, 0] == 0) | (gram[1, 1] == 0)
     sine = torch.where(line, 1.0, angle.sin())
-    start, end = (((1 - t) * angle).sin() / sine).to(a.dtype), ((t * angle).sin() / sine).to(a.dtype)
-    return torch.where(line, a + t * (b - a), start * a + end * b)
+    start, end = ((1 - t) * angle).sin() / sine, (t * angle).sin() / sine
+
+    def point(a: Tensor, b: Tensor) -> Tensor:
+        if line.all():
+            return (b - a).mul_(t).add_(a)
+        result = (start.to(a.dtype) * a).addcmul_(end.to(b.dtype), b)
+        return torch.where(line, a + t * (b - a), result) if line.any() else result
+
+    return point
 
 
 def check_count(method: str, tensors: Sequence[Tensor], expected: int, hint: str) -> None:

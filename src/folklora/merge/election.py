@@ -12,7 +12,8 @@ from folklora.merge.deltas import weighted_sum
 
 def elected(deltas: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     """The sign of Σ_t w_t τ_t, entry by entry, as +1 or -1; of an exact 0, +1."""
-    return torch.where(weighted_sum(deltas, weights) >= 0, 1.0, -1.0).to(deltas[0].dtype)
+    # not `where`: it takes ten times as long where signs are mixed
+    return (weighted_sum(deltas, weights) >= 0).to(deltas[0].dtype).mul_(2).sub_(1)
 
 
 def disjoint(deltas: Sequence[Tensor], weights: Sequence[float], signs: Tensor, normalize: bool) -> Tensor:
@@ -27,10 +28,11 @@ def disjoint(deltas: Sequence[Tensor], weights: Sequence[float], signs: Tensor, 
     total, weight = torch.zeros_like(signs), torch.zeros_like(signs)
     for delta, w in zip(deltas, weights, strict=True):
         agrees = (delta * w * signs > 0).to(delta.dtype)
-        total.add_(delta * agrees, alpha=w)
+        total.addcmul_(delta, agrees, value=w)
         if normalize:
             weight.add_(agrees, alpha=abs(w))
-    return total / torch.where(weight == 0, 1.0, weight) if normalize else total
+    # where nothing agrees both are 0
+    return total.div_(weight.clamp_(min=torch.finfo(weight.dtype).tiny)) if normalize else total
 
 
 def united(deltas: Sequence[Tensor], weights: Sequence[float], normalize: bool) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -23,6 +24,8 @@ class Unified(PerTask):
         own: [T], Σ |τ_t|, float64.
         kept: [T], Σ |M_t ⊙ τ_uni|, float64.
     """
+
+    summed: ClassVar[tuple[str, ...]] = ("own", "kept")
 
     unified: Tensor
     masks: Tensor
@@ -58,7 +61,7 @@ def emr(models: Sequence[Tensor], base: Tensor) -> Unified:
     Task t is served θ_0 + r_t M_t ⊙ τ_uni. Stored are τ_uni, a bit an entry and task, and two sums a task.
 
     The authors sum over all the tensors of a model. A single tensor has its own r_t here; `common_scale` makes
-    it the model's when all are there.
+    it the model's when all are there, and so does a merge on disk.
 
     Source: Huang, Ye, Chen et al., "EMR-Merging: Tuning-Free High-Performance Model Merging", NeurIPS 2024, arXiv
     2405.17461.
@@ -98,5 +101,5 @@ def common_scale(parts: Sequence[Unified]) -> list[Unified]:
     Args:
         parts: What `emr` gave for each tensor.
     """
-    own, kept = sum(part.own for part in parts), sum(part.kept for part in parts)
-    return [replace(part, own=own, kept=kept) for part in parts]
+    sums = {name: sum(getattr(part, name) for part in parts) for name in Unified.summed}
+    return [replace(part, **sums) for part in parts]

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from folklora.merge.blocks import Blocks, Rows
 from folklora.merge.contract import merging
-from folklora.merge.deltas import dot
+from folklora.merge.deltas import gram
 
 
 @merging(
@@ -22,7 +23,7 @@ def karcher(
     weight: Sequence[float] = (1.0,),
     max_iter: int = 10,
     tol: float = 1e-5,
-) -> Tensor:
+) -> Rows:
     r"""Karcher mean: SLERP for any number of models, the point of the sphere with the least squared arcs to them.
 
     u_t = θ_t / ‖θ_t‖, weights w_t with sum 1; start u = Σ_t w_t u_t / ‖·‖, then until ‖T‖ < tol or `max_iter` times
@@ -56,19 +57,28 @@ def karcher(
     if total <= 0 or min(weight) < 0:
         raise ValueError(f"karcher needs weights of 0 and more, with a sum above 0, not {list(weight)}")
     w = torch.tensor(weight, dtype=torch.float64) / total
-    gram = torch.stack([torch.stack([dot(a, b) for b in models]) for a in models]).cpu()
+    blocks = Blocks.of(models)
+    scales = _scales(blocks.total(gram).cpu(), w, max_iter, tol)
+
+    def merge(models: Sequence[Tensor], _: None) -> Tensor:
+        result = models[0] * sum(scales)
+        for model, scale in zip(models[1:], scales[1:], strict=True):
+            result.add_(model - models[0], alpha=scale)
+        return result
+
+    return blocks.merged(merge)
+
+
+def _scales(gram: Tensor, w: Tensor, max_iter: int, tol: float) -> list[float]:
+    """The models' coefficients in the merged tensor, from their inner products."""
     lengths = gram.diagonal().sqrt()
     alive = (lengths > 0) & (w > 0)
     if not alive.any():
-        return torch.zeros_like(models[0])
+        return [0.0] * len(w)
     inverse = torch.where(alive, 1 / lengths, 0.0)
     cosines = gram * inverse.unsqueeze(0) * inverse.unsqueeze(1)
     share = w * alive / w[alive].sum()
-    scales = (_barycentre(cosines, share, max_iter, tol) * inverse * (w * lengths).sum()).tolist()
-    result = models[0] * sum(scales)
-    for model, scale in zip(models[1:], scales[1:], strict=True):
-        result.add_(model - models[0], alpha=scale)
-    return result
+    return (_barycentre(cosines, share, max_iter, tol) * inverse * (w * lengths).sum()).tolist()
 
 
 def _barycentre(cosines: Tensor, weight: Tensor, max_iter: int, tol: float) -> Tensor:

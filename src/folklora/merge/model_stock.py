@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from folklora.merge.blocks import Blocks, Rows
 from folklora.merge.contract import merging
-from folklora.merge.deltas import cosine, deltas, mean
+from folklora.merge.deltas import cosines, gram, mean
 
 
 @merging(
     paper="Jang et al. 2024, arXiv 2403.19522",
     trains="nothing: a point between the base and the models' mean",
 )
-def model_stock(models: Sequence[Tensor], base: Tensor, *, filter_wise: bool = False) -> Tensor:
+def model_stock(models: Sequence[Tensor], base: Tensor, *, filter_wise: bool = False) -> Rows:
     r"""Model Stock: the point between the base and the mean of the models that their angles call for.
 
     c = the mean of the cosines between τ_s and τ_t over all pairs s < t of N models, below 0 taken as 0;
@@ -47,10 +47,18 @@ def model_stock(models: Sequence[Tensor], base: Tensor, *, filter_wise: bool = F
     """
     if len(models) < 2:
         raise ValueError("model_stock reads the angle between models: give it two or more")
-    changes = deltas(models, base)
-    dim = -1 if filter_wise else None
-    pairs = list(itertools.combinations(changes, 2))
-    c = torch.stack([cosine(a, b, dim) for a, b in pairs]).mean(0).clamp(min=0)
-    count = len(models)
-    ratio = count * c / (1 + (count - 1) * c)
-    return base + ratio.to(base.dtype) * mean(changes)
+    changes = Blocks.of(models, base).changes()
+    whole = None if filter_wise else _ratio(changes.total(gram))
+
+    def merge(deltas: Sequence[Tensor], base: Tensor) -> Tensor:
+        ratio = _ratio(gram(deltas, -1)) if whole is None else whole
+        return base + ratio.to(base.dtype) * mean(deltas)
+
+    return changes.merged(merge)
+
+
+def _ratio(gram: Tensor) -> Tensor:
+    count = len(gram)
+    above = torch.triu_indices(count, count, offset=1)
+    c = cosines(gram)[above[0], above[1]].mean(0).clamp(min=0)
+    return count * c / (1 + (count - 1) * c)

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from folklora.merge.blocks import Blocks, Rows
 from folklora.merge.contract import merging
-from folklora.merge.deltas import arc, check_count, deltas
+from folklora.merge.deltas import arc, check_count, gram
 
 
 @merging(
@@ -21,7 +22,7 @@ def nuslerp(
     weight: Sequence[float] = (1.0,),
     nuslerp_flatten: bool = True,
     nuslerp_row_wise: bool = False,
-) -> Tensor:
+) -> Rows:
     r"""NuSLERP: spherical interpolation of two models' task vectors, or of the models, with weights.
 
     t = w_2 / (w_1 + w_2), or 1/2 where the weights sum to 0. With a base, θ = θ_0 + arc(τ_1, τ_2, t); without,
@@ -58,5 +59,14 @@ def nuslerp(
     check_count("nuslerp", models, 2, "give two models, and a base besides them if wanted")
     total = sum(weight)
     t = weight[1] / total if total else 0.5
+    blocks = Blocks.of(models, base)
+    ends = blocks if base is None else blocks.changes()
     dim = None if nuslerp_flatten else 0 if nuslerp_row_wise else -1
-    return arc(*models, t, dim) if base is None else base + arc(*deltas(models, base), t, dim)
+    # vectors along the last dimension lie in one block each
+    whole = None if dim == -1 and len(blocks.shape) > 1 else arc(ends.total(lambda ends: gram(ends, dim)), t)
+
+    def merge(ends: Sequence[Tensor], base: Tensor | None) -> Tensor:
+        point = (whole or arc(gram(ends, dim), t))(*ends)
+        return point if base is None else base + point
+
+    return ends.merged(merge)

@@ -13,6 +13,7 @@ from folklora.merge.deltas import check_count
 @merging(
     paper="Goddard et al. 2024, arXiv 2403.13257",
     trains="nothing: a copy",
+    by_entry=True,
 )
 def passthrough(models: Sequence[Tensor], base: None = None, *, scale: Sequence[float] = (1.0,)) -> Tensor:
     r"""Passthrough: copy one model's tensor, scaled if asked.

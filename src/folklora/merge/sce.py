@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from folklora.merge.blocks import Blocks, Rows
 from folklora.merge.contract import merging
-from folklora.merge.deltas import Lazy, deltas, mean
+from folklora.merge.deltas import mean
 from folklora.merge.election import disjoint, elected
-from folklora.merge.sparsify import largest
+from folklora.merge.sparsify import Largest
 
 
 @merging(
     paper="Wan et al. 2024, arXiv 2408.07990",
     trains="nothing: deltas where the models vary, by their energy",
 )
-def sce(models: Sequence[Tensor], base: Tensor, *, select_topk: float = 1.0) -> Tensor:
+def sce(models: Sequence[Tensor], base: Tensor, *, select_topk: float = 1.0) -> Rows:
     r"""SCE: select salient entries, calculate a weight for each model, erase minority signs.
 
     τ_t = θ_t - θ_0 (N entries).
@@ -28,7 +29,8 @@ def sce(models: Sequence[Tensor], base: Tensor, *, select_topk: float = 1.0) -> 
     Nothing is tuned but k. Equal weights where no model changed.
 
     mergekit takes equal weights already where Σ_s mean(τ̂_s²) < 10⁻⁶, which typical deltas of a language model are
-    below, and floors the divisor at 10⁻⁶; both are left out here.
+    below, and floors the divisor at 10⁻⁶; both are left out here. Of equal variances at the threshold the first are
+    kept here and any in mergekit, which changes those entries and, through w_t, a little all others of the tensor.
 
     Source: Wan, Zhong, Yang et al., "FuseChat: Knowledge Fusion of Chat Models", arXiv 2408.07990.
 
@@ -51,14 +53,36 @@ def sce(models: Sequence[Tensor], base: Tensor, *, select_topk: float = 1.0) -> 
     Args:
         select_topk: k, the fraction of varying entries that is kept.
     """
-    changes = deltas(models, base)
+    changes = Blocks.of(models, base).changes()
     if select_topk < 1:
-        middle = mean(changes)
-        variance = mean(Lazy(lambda t: (changes[t] - middle).square(), len(models)))
-        count = int(select_topk * int(torch.count_nonzero(variance)))
-        chosen, every = largest(variance, count), changes
-        changes = Lazy(lambda t: every[t] * chosen, len(models))
-    energies = [float(change.square().sum(dtype=torch.float64)) for change in changes]
-    total = sum(energies)
-    weights = [energy / total if total else 1 / len(models) for energy in energies]
-    return base + disjoint(changes, weights, elected(changes, [1.0] * len(changes)), normalize=True)
+        changes = _select(changes, select_topk)
+    energies = changes.total(lambda deltas: torch.stack([delta.square().sum(dtype=torch.float64) for delta in deltas]))
+    total = float(energies.sum())
+    weights = (energies / total).tolist() if total else [1 / len(models)] * len(models)
+
+    def merge(deltas: Sequence[Tensor], base: Tensor) -> Tensor:
+        signs = elected(deltas, [1.0] * len(deltas))
+        return base + disjoint(deltas, weights, signs, normalize=True)
+
+    return changes.merged(merge)
+
+
+def _select(changes: Blocks, share: float) -> Blocks:
+    varying = int(changes.total(lambda deltas: torch.count_nonzero(_variance(deltas))))
+    largest = Largest(changes.each(lambda deltas: [_variance(deltas)]), [int(share * varying)])
+
+    def begin() -> Callable[[Sequence[Tensor]], list[Tensor]]:
+        masks = largest.masks()
+
+        def choose(deltas: Sequence[Tensor]) -> list[Tensor]:
+            (chosen,) = masks([_variance(deltas)])
+            return [delta * chosen for delta in deltas]
+
+        return choose
+
+    return changes.each_pass(begin)
+
+
+def _variance(deltas: Sequence[Tensor]) -> Tensor:
+    middle = mean(deltas)
+    return mean([(delta - middle).square_() for delta in deltas]).contiguous()

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from folklora.merge.blocks import Blocks, Rows
 from folklora.merge.contract import merging
-from folklora.merge.deltas import arc, check_count
+from folklora.merge.deltas import arc, check_count, gram
 
 _COLINEAR = 0.9995
 
@@ -16,7 +17,7 @@ _COLINEAR = 0.9995
     paper="Shoemake 1985, SIGGRAPH; arXiv 2403.13257",
     trains="nothing: a point on the arc between two models",
 )
-def slerp(models: Sequence[Tensor], base: Tensor | None = None, *, t: float) -> Tensor:
+def slerp(models: Sequence[Tensor], base: Tensor | None = None, *, t: float) -> Rows:
     r"""Spherical linear interpolation of two models: from one to the other at constant angular speed.
 
     a and b are the flattened tensors of the two models (with a base: the base and the one model), Ω the angle between
@@ -50,4 +51,6 @@ def slerp(models: Sequence[Tensor], base: Tensor | None = None, *, t: float) -> 
     """
     ends = [*([base] if base is not None else []), *models]
     check_count("slerp", ends, 2, "give two models, or a base and one model")
-    return arc(*ends, t, colinear=_COLINEAR)
+    blocks = Blocks.of(ends)
+    point = arc(blocks.total(gram), t, colinear=_COLINEAR)
+    return blocks.merged(lambda ends, _: point(*ends))

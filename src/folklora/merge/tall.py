@@ -81,6 +81,7 @@ def tall(models: Sequence[Tensor], base: Tensor, *, mu: Sequence[float] = (0.4,)
 @merging(
     paper="Wang et al. 2024, arXiv 2405.07813",
     trains="nothing: the deltas' sum where several tasks need it",
+    by_entry=True,
 )
 def consensus(
     models: Sequence[Tensor],

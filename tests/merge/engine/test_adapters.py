@@ -9,7 +9,7 @@ import torch
 from peft import IA3Config, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from folklora import AMLoRA, KaSA, LoRA
+from folklora import SALT, AMLoRA, KaSA, LoRA, SVFit
 from folklora.merge import average, task_arithmetic
 from folklora.merge.engine import merge_models
 from folklora.merge.engine import models as engine_models
@@ -21,6 +21,9 @@ CONFIGS = {
     "tokens": LoraConfig(r=4, target_modules=["q_proj"], trainable_token_indices=[3, 5]),
     "ia3": IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
     "kasa": KaSA(r=4, target_modules=ALL),
+    # their folders leave out what is made from the base weight again
+    "salt": SALT(r=4, target_modules=["q_proj", "down_proj"]),
+    "svfit": SVFit(r=4, target_modules=["v_proj", "up_proj"]),
 }
 
 

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
-from folklora.merge import average, dare_linear, slerp, task_arithmetic, ties
-from folklora.merge.engine import merge_models, prepare, read_config, run
+from folklora.merge import average, blocks, dare_linear, slerp, task_arithmetic, ties
+from folklora.merge.engine import merge_models, prepare, read_config
 from folklora.merge.engine.checkpoints import Checkpoint, recorded
 from folklora.merge.engine.config import Reference
 from folklora.merge.engine.run import _begin, _generator, do_share
@@ -42,16 +42,16 @@ def test_task_arithmetic_of_sharded_llamas_is_the_function_of_each_tensor(llamas
         assert torch.equal(value, expected), name
 
 
-@pytest.mark.parametrize("method", ["linear", "task_arithmetic", "ram"])
+@pytest.mark.parametrize("method", ["linear", "task_arithmetic", "ram", "ties", "dare_ties"])
 def test_a_large_tensor_is_merged_some_rows_at_a_time(llamas, tmp_path, asked, method, monkeypatch):
     config = asked(llamas, method, "a", "b", base="base", dtype="bfloat16")
     whole = files_of(merge_models(config, tmp_path / "whole"))
     shapes, read = [], Checkpoint.read
-    monkeypatch.setattr(run, "PART", 700)
+    monkeypatch.setattr(blocks, "ELEMENTS", 700)
     monkeypatch.setattr(Checkpoint, "read", lambda *asked: shapes.append(asked[2:]) or read(*asked))
     parts = files_of(merge_models(config, tmp_path / "parts"))
     assert parts["model.safetensors"] == whole["model.safetensors"]
-    assert any(rows is not None for rows, *_ in filter(None, shapes))
+    assert any(rows != (None,) for rows in shapes)
 
 
 def test_ties_takes_the_type_of_the_base_and_drops_a_base_that_is_listed(llamas, tmp_path, stored, asked):

@@ -6,8 +6,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from folklora.merge import emr, tall, tsv_c
+from folklora.merge import PerTask, common_scale, emr, tall, tsv_c
+from folklora.merge.emr import Unified
 from folklora.merge.engine import merge_models, task_tensors, write_task
+
+
+def _whole_model(parts: list[PerTask]) -> list[PerTask]:
+    return common_scale(parts) if isinstance(parts[0], Unified) else parts
 
 
 @pytest.mark.parametrize("method", [emr, tall, tsv_c])
@@ -18,14 +23,15 @@ def test_each_task_is_served_what_the_function_gives(gpt2, asked, stored, tmp_pa
     out = merge_models(asked(tmp_path, method.__name__, "a", "b", base="base"), tmp_path / "out")
     for name, value in stored(out).items():
         assert torch.equal(value, base[name])
+    across = {name for name in base if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))}
+    threes = [[x[name].T if name in across else x[name] for x in (a, b, base)] for name in base]
+    parts = dict(zip(base, _whole_model([method(three[:2], three[2]) for three in threes]), strict=True))
     for task in range(2):
         served = dict(task_tensors(out, task))
         assert served.keys() == base.keys()
         for name, value in served.items():
-            across = name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
-            three = [x[name].T if across else x[name] for x in (a, b, base)]
-            expected = method(three[:2], three[2]).for_task(task)
-            torch.testing.assert_close(value, expected.T if across else expected, rtol=0, atol=1e-6)
+            expected = parts[name].for_task(task)
+            torch.testing.assert_close(value, expected.T if name in across else expected, rtol=0, atol=1e-6)
 
 
 def test_one_tasks_model_is_a_checkpoint(llamas, asked, stored, tmp_path):

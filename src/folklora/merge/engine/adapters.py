@@ -132,6 +132,7 @@ class WrittenOver:
                 part.merged_adapters.clear()
                 if isinstance(part, FolkloraLayer):
                     part.unmerged.clear()
+                    _forget_derived(part)
             for leaf, value in absent.items():
                 setattr(base, leaf, value)
 
@@ -176,7 +177,22 @@ def _without_value(model: nn.Module) -> Iterator[tuple[str, str]]:
             for group in inside:
                 held = getattr(module, group)
                 own = held.named_parameters() if isinstance(held, nn.Module) else ()
-                yield from ((path, f"{group}.{name}") for name, value in own if value.is_meta)
+                later = _derived(module) if isinstance(module, FolkloraLayer) else frozenset()
+                yield from ((path, f"{group}.{name}") for name, value in own if value.is_meta and name not in later)
+
+
+def _derived(layer: FolkloraLayer) -> frozenset[str]:
+    """Names of what the layer makes from the base weight when it is first used, and no folder holds."""
+    return frozenset(f"{_NAME}.{key}" for key in layer.folklora_updates[_NAME].unsaved)
+
+
+def _forget_derived(layer: FolkloraLayer) -> None:
+    """Take it away again: it may be larger than the weight."""
+    for name in _derived(layer):
+        owner, _, leaf = name.rpartition(".")
+        module = layer.folklora_updates.get_submodule(owner)
+        setattr(module, leaf, nn.Parameter(getattr(module, leaf).to("meta"), requires_grad=False))
+        layer.waiting.add(_NAME)
 
 
 def _chain(layer: nn.Module) -> list[BaseTunerLayer]:

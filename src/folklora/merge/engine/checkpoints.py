@@ -262,7 +262,11 @@ class Writer:
         self, folder: Path, shards: Sequence[Shard], rank: int, tell: Callable[[Iterable[str]], None] | None = None
     ) -> None:
         self.folder, self.tell = folder, tell
-        self.begins = {name: (shard.file, at) for shard in shards for name, at in shard.layout()[1].items()}
+        self.places = {
+            name: (shard.file, at, shard.forms[name].bytes)
+            for shard in shards
+            for name, at in shard.layout()[1].items()
+        }
         self.record = (folder / f"done-{rank}.txt").open("a", encoding="utf-8")
         # a line that was cut off ends here
         self.record.write("\n")
@@ -285,29 +289,33 @@ class Writer:
             for handle in self.open.values():
                 os.close(handle)
 
-    def put(self, name: str, tensor: Tensor) -> None:
-        """Write a tensor; returns while it is written, after the one before was.
+    def put(self, name: str, parts: Iterable[Tensor]) -> None:
+        """Write a tensor, given in parts that follow each other; each is written while the next is computed.
 
         Raises:
-            OSError: The one before could not be written.
+            OSError: What came before could not be written.
         """
-        self._wait()
-        self.running = self.thread.submit(self._write, name, tensor)
+        at = 0
+        for part in parts:
+            self._wait()
+            self.running = self.thread.submit(self._write, name, part, at)
+            at += part.nbytes
 
     def _wait(self) -> None:
         running, self.running = self.running, None
         if running is not None:
             running.result()
 
-    def _write(self, name: str, tensor: Tensor) -> None:
-        file, at = self.begins[name]
+    def _write(self, name: str, tensor: Tensor, offset: int) -> None:
+        file, begin, size = self.places[name]
         if file not in self.open:
             self.open[file] = os.open(self.folder / file, os.O_WRONLY)
-        left = memoryview(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
+        at, left = begin + offset, memoryview(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
         while left:
             written = os.pwrite(self.open[file], left, at)
             at, left = at + written, left[written:]
-        self.pending.append(name)
+        if offset + tensor.nbytes == size:
+            self.pending.append(name)
         self.pending_bytes += tensor.nbytes
         if self.pending_bytes >= _COMMIT_BYTES or time.monotonic() - self.committed >= _COMMIT_SECONDS:
             self._commit()

@@ -5,19 +5,21 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from folklora.merge.blocks import Part
 from folklora.merge.contract import PerTask
 from folklora.merge.engine import statistics
 from folklora.merge.engine.card import write_beside
 from folklora.merge.engine.checkpoints import TYPES, Writer, create, recorded, write_index
 from folklora.merge.engine.config import Reference, read_config
 from folklora.merge.engine.job import STATE, Job, prepare, statistic_keys
+from folklora.merge.engine.models import Model
 from folklora.merge.engine.plan import Plan, Step, Take
 from folklora.merge.engine.tasks import save_parts, write_tasks_index
 from folklora.merge.engine.team import BEGUN, in_processes, together, torchrun_team
@@ -25,7 +27,6 @@ from folklora.merge.engine.vocabulary import arranged
 from folklora.stream.files import read_json, replace_folder, write_json
 
 Progress = Callable[..., None]
-PART = 2**24  # elements that are merged at a time where a method takes each by itself
 
 
 def merge_models(
@@ -41,8 +42,10 @@ def merge_models(
 ) -> Path:
     """Merge models on disk into one, a tensor at a time.
 
-    Memory holds the tensors of one name, of each model, and what is computed from them. The folder appears when it is
-    whole; a merge that was killed goes on where it was when it is called again in the same way.
+    Memory holds some rows of the tensors of one name, of each model, and what is computed from them; or the whole
+    tensors where a method needs matrices, such as for their singular values, and where adapters or vocabularies are
+    merged. The folder appears when it is whole; a merge that was killed goes on where it was when it is called again in
+    the same way.
 
     Args:
         config: A YAML file of mergekit's form, or its content.
@@ -139,65 +142,91 @@ def do_share(
 
 
 @torch.no_grad()
-def compute(job: Job, step: Step, device: torch.device) -> tuple[Tensor, PerTask | None]:
-    """One merged tensor on the CPU, in the type in which it is stored; or the base's and the parts of each task.
+def compute(job: Job, step: Step, device: torch.device) -> tuple[Iterable[Tensor], PerTask | None]:
+    """One merged tensor on the CPU in parts, in the type in which it is stored; or the base's and each task's own.
 
     Raises:
-        ValueError: An input holds NaN, or the result is not finite.
+        ValueError: An input holds NaN, or the result is not finite; perhaps only when the parts are gone through.
     """
     if step.copied:
-        return job.models[step.models[0].model].read(step.models[0].key), None
-    shape = step.form.shape
-    if _in_parts(job, step):
-        rows = max(1, PART // (step.form.count // shape[0]))
-        merged = torch.empty(shape, dtype=TYPES[step.form.dtype])
-        for part in (slice(start, start + rows) for start in range(0, shape[0], rows)):
-            merged[part] = _compute(job, step, device, part)[0]
-        return merged, None
-    return _compute(job, step, device)
+        return [job.models[step.models[0].model].read(step.models[0].key)], None
+    # a weight is given to the methods as [out, in], with the outputs' rows
+    across = step.models[0].key in job.donor.architecture.transposed
+    if job.schema.function.by_rows and not across:
+        return _rows(job, step, device), None
+    read = {take: tensor.mT if across else tensor for take, tensor in _whole(job, step, device).items()}
+    merged = job.schema.function(*_arguments(step, read), **_options(job, step, device))
+    parts = merged if isinstance(merged, PerTask) else None
+    tensor = merged if parts is None else parts.base
+    for value in [] if parts is None else parts.state().values():
+        _check_finite(job, step, value)
+    return [_stored(job, step, tensor.mT if across else tensor)], parts
 
 
-def _in_parts(job: Job, step: Step) -> bool:
-    """Whether a tensor is merged some rows at a time: memory then holds no more of its inputs than these."""
-    plain = not step.by_token and not any(job.models[take.model].adapts(take.key) for take in step.takes())
-    return plain and job.schema.function.by_entry and step.form.count > PART
+@torch.no_grad()
+def _rows(job: Job, step: Step, device: torch.device) -> Iterator[Tensor]:
+    whole = step.by_token or any(job.models[take.model].adapts(take.key) for take in step.takes())
+    read = (
+        _whole(job, step, device)
+        if whole
+        else {take: _OnDisk(job.models[take.model], take, device) for take in step.takes()}
+    )
+    for part in job.schema.function.rows(*_arguments(step, read), **_options(job, step, device)):
+        yield _stored(job, step, part)
 
 
-def _compute(job: Job, step: Step, device: torch.device, rows: slice | None = None) -> tuple[Tensor, PerTask | None]:
-    read = {take: _read(job, take, device, rows) for take in step.takes()}
+class _OnDisk:
+    """A model's tensor, of which rows are read when they are asked for."""
+
+    def __init__(self, model: Model, take: Take, device: torch.device) -> None:
+        self._model, self._take, self._device = model, take, device
+        form = model.layout.forms[take.key]
+        self.shape, self.dtype = torch.Size(form.shape), TYPES[form.dtype]
+
+    def __getitem__(self, part: Part) -> Tensor:
+        rows = None if part is ... else part
+        return _checked(self._model.read(self._take.key, rows).to(self._device), self._take)
+
+
+def _whole(job: Job, step: Step, device: torch.device) -> dict[Take, Tensor]:
+    read = {}
+    for take in step.takes():
+        tensor = _checked(job.models[take.model].read(take.key).to(device), take)
+        # at once, so that what was read is not kept beside it
+        read[take] = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
     if step.by_token:
         ordered = arranged({take.model: tensor for take, tensor in read.items()}, job.vocabulary.rows, job.plan.donor)
         read = {take: ordered[take.model] for take in read}
-    # a weight is given to the methods as [out, in], with the outputs' rows
-    across = step.models[0].key in job.donor.architecture.transposed
-    if across:
-        read = {take: tensor.mT for take, tensor in read.items()}
-    merged = _merged(job, step, read, device)
-    parts = merged if isinstance(merged, PerTask) else None
-    tensor = merged if parts is None else parts.base
-    tensor = (tensor.mT if across else tensor).to(TYPES[step.form.dtype])
-    values = [tensor, *([] if parts is None else parts.state().values())]
-    if not all(torch.isfinite(end) for value in values for end in _ends(value)):
-        raise ValueError(f"{step.name}: {job.schema.name} gives values that are not finite in {tensor.dtype}")
-    return tensor.to("cpu"), parts
+    return read
 
 
-def _merged(job: Job, step: Step, read: Mapping[Take, Tensor], device: torch.device) -> Tensor | PerTask:
-    arguments: dict[str, Any] = {**step.options}
+def _arguments(step: Step, read: Mapping[Take, Any]) -> tuple[list[Any], Any]:
+    return [read[take] for take in step.models], None if step.base is None else read[step.base]
+
+
+def _options(job: Job, step: Step, device: torch.device) -> dict[str, Any]:
+    options: dict[str, Any] = {**step.options}
     for argument, files in step.statistics.items():
         keys = statistic_keys(job, step, argument)
         if keys:
-            arguments[argument] = [value.to(device) for value in statistics.read(files, keys)]
+            options[argument] = [value.to(device) for value in statistics.read(files, keys)]
     if job.schema.generator is not None:
-        arguments[job.schema.generator] = [_generator(job.seed, step.name, take.model) for take in step.models]
-    base = None if step.base is None else read[step.base]
-    return job.schema.function([read[take] for take in step.models], base, **arguments)
+        options[job.schema.generator] = [_generator(job.seed, step.name, take.model) for take in step.models]
+    return options
 
 
-def _read(job: Job, take: Take, device: torch.device, rows: slice | None = None) -> Tensor:
-    tensor = job.models[take.model].read(take.key, rows).to(device)
-    # at once, so that what was read is not kept beside it
-    tensor = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+def _stored(job: Job, step: Step, tensor: Tensor) -> Tensor:
+    stored = tensor.to(TYPES[step.form.dtype])
+    _check_finite(job, step, stored)
+    return stored.to("cpu")
+
+
+def _check_finite(job: Job, step: Step, tensor: Tensor) -> None:
+    if not all(torch.isfinite(end) for end in _ends(tensor)):
+        raise ValueError(f"{step.name}: {job.schema.name} gives values that are not finite in {tensor.dtype}")
+
+
+def _checked(tensor: Tensor, take: Take) -> Tensor:
     if any(end.isnan() for end in _ends(tensor)):
         raise ValueError(f"{take.model}: {take.key} holds NaN; the merge was stopped and nothing is left of it")
     return tensor

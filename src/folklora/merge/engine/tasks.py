@@ -38,11 +38,13 @@ def save_parts(work: Path, number: int, result: PerTask) -> None:
 
 
 def write_tasks_index(work: Path, method: str, models: Sequence[str], numbers: Mapping[str, int]) -> None:
-    """Write which method it was, which models the tasks are, and in which file a tensor's parts are."""
-    write_json(
-        work / INDEX,
-        {"method": method, "tasks": list(models), "files": {name: _file(n) for name, n in numbers.items()}},
-    )
+    """Write which method it was, which models the tasks are, where a tensor's parts are, and the parts' sums."""
+    files = {name: _file(n) for name, n in numbers.items()}
+    sums = {
+        part: sum(read_tensor(work / FOLDER / file, part) for file in files.values()).tolist()
+        for part in schema_of(method).result.summed
+    }
+    write_json(work / INDEX, {"method": method, "tasks": list(models), "files": files, "sums": sums})
 
 
 def task_tensors(folder: str | Path, task: int | str) -> Iterator[tuple[str, Tensor]]:
@@ -113,7 +115,7 @@ def write_task(folder: str | Path, task: int | str, out: str | Path) -> Path:
     create(work, shards)
     with Writer(work, shards, 0) as writer:
         for name, tensor in task_tensors(folder, task):
-            writer.put(name, tensor)
+            writer.put(name, [tensor])
     (work / "done-0.txt").unlink()
     for path in folder.iterdir():
         if path.is_file() and path.suffix != ".safetensors" and path.name != INDEX:
@@ -133,6 +135,7 @@ def _open(folder: Path) -> tuple[Checkpoint, dict[str, Any], set[str]]:
 def _parts(folder: Path, index: dict[str, Any], name: str, base: Tensor) -> PerTask:
     path = folder / FOLDER / index["files"][name]
     state = {key: read_tensor(path, key) for key in read_header(path)}
+    state |= {key: state[key].new_tensor(values) for key, values in index["sums"].items()}
     return schema_of(index["method"]).result.of_state(base.float(), state)
 
 
