@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.nn.utils.rnn import pad_sequence
 
 from folklora import learn
@@ -79,11 +80,19 @@ def teach(tiny_llama: Any, tiny_tokenizer: Any, stream: list[Task], tmp_path: Pa
             with pytest.raises(StoppedError):
                 learn(base, stream, method, **asked, progress=_stopper(stop_in, phase))
             base, asked["resume"] = tiny_llama(1), True
-        entry = next(iter(learn(base, stream, method, **asked).results["methods"].values()))
+        finished = learn(base, stream, method, **asked)
+        ((name, entry),) = finished.results["methods"].items()
         entry = json.loads(json.dumps(entry))
+        assert entry["stored_bytes"] == _on_disk(finished.state_folder(name, finished.finished(name)))
         return {key: value for key, value in entry.items() if not key.endswith(("seconds", "seconds_by_task"))}
 
     return run
+
+
+def _on_disk(folder: Path) -> int:
+    """The bytes of all tensors that a method left, but the samples of the base's weights."""
+    files = [load_file(path) for path in folder.rglob("*.safetensors")]
+    return sum(value.nbytes for file in files for key, value in file.items() if not key.endswith("base_sample"))
 
 
 @pytest.fixture(scope="session")

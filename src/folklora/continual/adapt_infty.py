@@ -179,6 +179,10 @@ class AdaptInfty(ContinualMethod):
             return list(tasks[index].train)
         return [tasks[task].train[row] for task, row in self._chosen[1]]
 
+    def kept(self, tasks: Sequence[Task], index: int, seed: int) -> list[Example]:
+        """The pool."""
+        return [tasks[task].train[row] for task, row in self._pool]
+
     def finish(
         self, model: PeftModel, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[Task], index: int
     ) -> dict[str, Tensor]:

@@ -86,6 +86,18 @@ class ContinualMethod:
         """
         return list(tasks[index].train)
 
+    def kept(self, tasks: Sequence[Task], index: int, seed: int) -> list[Example]:
+        """The examples of old tasks that later ones will be trained on; called after the training of task `index`.
+
+        The stream stores them beside what `finish` gives, and counts their bytes.
+
+        Args:
+            tasks: The whole stream.
+            index: The task that was learnt last.
+            seed: As for `examples`.
+        """
+        return []
+
     def begin(self, model: PeftModel, steps: int) -> None:
         """Told just before the first step of a task's training how many optimizer steps there will be."""
 

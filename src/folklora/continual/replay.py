@@ -63,11 +63,15 @@ class Replay(ContinualMethod):
     def examples(self, tasks: Sequence[Task], index: int, seed: int) -> list[Example]:
         """The task's own examples and the memories of the earlier tasks."""
         own = list(tasks[index].train)
-        old = [example for task in tasks[:index] for example in self.remember(task, seed)]
+        old = self.kept(tasks, index - 1, seed)
         if self.share is not None and old:
             wanted = round(self.share / (1 - self.share) * len(own))
             old = [old[i % len(old)] for i in range(max(wanted, len(old)))]
         return own + old
+
+    def kept(self, tasks: Sequence[Task], index: int, seed: int) -> list[Example]:
+        """The memories of the tasks so far."""
+        return [example for task in tasks[: index + 1] for example in self.remember(task, seed)]
 
     def remember(self, task: Task, seed: int) -> list[Example]:
         """The memory of one task: label after label in turn, each label's examples in random order."""
