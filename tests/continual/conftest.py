@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch.nn.utils.rnn import pad_sequence
 
 from folklora import learn
@@ -63,7 +62,9 @@ def contradicting(stream: list[Task]) -> list[Task]:
 
 
 @pytest.fixture
-def teach(tiny_llama: Any, tiny_tokenizer: Any, stream: list[Task], tmp_path: Path) -> Callable[..., dict[str, Any]]:
+def teach(
+    tiny_llama: Any, tiny_tokenizer: Any, stream: list[Task], bytes_on_disk: Callable[[Path], int], tmp_path: Path
+) -> Callable[..., dict[str, Any]]:
     """`teach(method, out, model=..., **options)`: the method's entry in the results of the stream, without times.
 
     An option of None is left out, for methods that do not know it.
@@ -83,16 +84,10 @@ def teach(tiny_llama: Any, tiny_tokenizer: Any, stream: list[Task], tmp_path: Pa
         finished = learn(base, stream, method, **asked)
         ((name, entry),) = finished.results["methods"].items()
         entry = json.loads(json.dumps(entry))
-        assert entry["stored_bytes"] == _on_disk(finished.state_folder(name, finished.finished(name)))
+        assert entry["stored_bytes"] == bytes_on_disk(finished.state_folder(name, finished.finished(name)))
         return {key: value for key, value in entry.items() if not key.endswith(("seconds", "seconds_by_task"))}
 
     return run
-
-
-def _on_disk(folder: Path) -> int:
-    """The bytes of all tensors that a method left, but the samples of the base's weights."""
-    files = [load_file(path) for path in folder.rglob("*.safetensors")]
-    return sum(value.nbytes for file in files for key, value in file.items() if not key.endswith("base_sample"))
 
 
 @pytest.fixture(scope="session")

@@ -49,7 +49,7 @@ class AdaptInfty(ContinualMethod):
     single selector are the paper's ablations, as are the other kinds of vectors. The published code has no driver: the
     order of the steps is that of its parts' inputs and of the abstract.
 
-    What is kept is which examples are in the pool, two numbers each, saved with each task; the texts are the tasks'.
+    What is kept is the pool: which examples are in it, two numbers each, and their texts, saved with each task.
 
     Source: Maharana, Yoon, Chen, Bansal, "Adapt-∞: Scalable Continual Multimodal Instruction Tuning via Dynamic Data
     Selection", ICLR 2025, arXiv 2410.10636.

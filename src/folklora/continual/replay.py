@@ -17,7 +17,7 @@ class Replay(ContinualMethod):
 
     |M_i| = max(1, memory · |D_i|), as evenly over the labels as the counts allow; drawn from training examples by the
     run's seed and the task's name, so that methods compared at one seed share their memories. One adapter is trained
-    on and on, as in SeqLoRA.
+    on and on, as in SeqLoRA. The memories are saved with each task, and their bytes count as stored.
 
     Source: baseline in Wang et al. 2023, arXiv 2310.14152; mixing as in the implementations of Razdaibiedina et al.,
     "Progressive Prompts", ICLR 2023, arXiv 2301.12314 (their memory is 1 %; the value behind the first is unknown).

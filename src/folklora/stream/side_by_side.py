@@ -34,6 +34,8 @@ from folklora.stream.scales import Axis
 
 HEADINGS = {key: heading for key, heading, *_ in (*SCORES, *COSTS)}
 Rows = Sequence[dict[str, Any]]
+# more tasks than this would push the other charts out of sight
+_UNFOLDED = 30
 
 
 def cells_of(rows: Rows, keys: Iterable[str]) -> tuple[list[str], list[list[str]], int]:
@@ -159,6 +161,8 @@ def _forgetting(group: Group, tasks: Sequence[str]) -> str:
     margin = (high - low) / 25
     x = Axis("forgetting (points)", high + margin, low - margin)
     chart = row_chart(lines, "Forgetting of each task, by method", tasks[:-1], x)
+    if len(tasks) > _UNFOLDED:
+        chart = f"<details><summary>{len(tasks) - 1} tasks</summary>{chart}</details>"
     words = "How far each earlier task ended below the best it ever reached; left of the line it gained."
     return f"<h4>Forgetting by task</h4><p>{words} The last task has had no time to be forgotten.</p>{chart}"
 
