@@ -87,6 +87,10 @@ def test_the_names_of_points_meet_neither_each_other_nor_marks() -> None:
     marks = [(x - 3, y - 3, x + 3, y + 3) for x, y in dots(svg).values()]
     assert not any(meet(name, mark) for name in named for mark in marks)
     assert len(parts(svg, "whisker")) == 14
+    numbers = point_chart(lines, "x", Axis("stored numbers", 1e7, 5e3, log=True, text="{:,.0f}".format), Axis("y", 100))
+    words = [e for e in ElementTree.fromstring(numbers) if e.tag.endswith("text") and "," in e.text]
+    assert all(float(e.get("x")) + 3 * len(e.text) <= 560 for e in words), "the last value is not cut off"
+    assert words[-1].text == "10,000,000"
 
 
 def test_rows_of_a_task_stand_in_its_group() -> None:

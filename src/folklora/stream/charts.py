@@ -75,7 +75,8 @@ class _Picture:
             place = self.across(value)
             if grid:
                 self.parts.append(f'<path class="axis" d="M{place:.1f} {_TOP}V{self.floor}"/>')
-            self.text(place, self.floor + 15, self.x.text(value))
+            text = self.x.text(value)
+            self.text(min(place, self.width - _LETTER * len(text) / 2), self.floor + 15, text)
         self.text((self.left + self.right) / 2, self.floor + 32, self.x.title)
 
     def draw_y(self) -> None:
