@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
@@ -89,6 +90,17 @@ def tiny_t5() -> Callable[..., T5ForConditionalGeneration]:
         return _seeded(seed, T5ForConditionalGeneration, T5Config(**sizes | config))
 
     return make
+
+
+@pytest.fixture(scope="session")
+def bytes_on_disk() -> Callable[[Path], int]:
+    """The bytes of all tensors in a folder that a continual method left, but the samples of the base's weights."""
+
+    def read(folder: Path) -> int:
+        files = [load_file(path) for path in folder.rglob("*.safetensors")]
+        return sum(value.nbytes for file in files for key, value in file.items() if not key.endswith("base_sample"))
+
+    return read
 
 
 def _seeded(seed: int, kind: Any, config: Any) -> Any:

@@ -102,9 +102,9 @@ def learn(
 @app.command()
 def compare(
     runs: Annotated[list[Path], typer.Argument(help="Run directories.")],
-    out: Annotated[Path | None, typer.Option(help="A folder for compare.html and compare.json.")] = None,
+    out: Annotated[Path | None, typer.Option(help="A folder for compare.html, with charts, and compare.json.")] = None,
 ) -> None:
-    """One table of several runs; equal runs with different seeds become mean and spread."""
+    """Several runs in one table, and drawn together; equal runs with different seeds become mean and spread."""
     from folklora.stream.compare import compare_runs, render_table
 
     console.print(render_table(compare_runs(runs, out)))

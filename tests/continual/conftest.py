@@ -62,7 +62,9 @@ def contradicting(stream: list[Task]) -> list[Task]:
 
 
 @pytest.fixture
-def teach(tiny_llama: Any, tiny_tokenizer: Any, stream: list[Task], tmp_path: Path) -> Callable[..., dict[str, Any]]:
+def teach(
+    tiny_llama: Any, tiny_tokenizer: Any, stream: list[Task], bytes_on_disk: Callable[[Path], int], tmp_path: Path
+) -> Callable[..., dict[str, Any]]:
     """`teach(method, out, model=..., **options)`: the method's entry in the results of the stream, without times.
 
     An option of None is left out, for methods that do not know it.
@@ -79,8 +81,10 @@ def teach(tiny_llama: Any, tiny_tokenizer: Any, stream: list[Task], tmp_path: Pa
             with pytest.raises(StoppedError):
                 learn(base, stream, method, **asked, progress=_stopper(stop_in, phase))
             base, asked["resume"] = tiny_llama(1), True
-        entry = next(iter(learn(base, stream, method, **asked).results["methods"].values()))
+        finished = learn(base, stream, method, **asked)
+        ((name, entry),) = finished.results["methods"].items()
         entry = json.loads(json.dumps(entry))
+        assert entry["stored_bytes"] == bytes_on_disk(finished.state_folder(name, finished.finished(name)))
         return {key: value for key, value in entry.items() if not key.endswith(("seconds", "seconds_by_task"))}
 
     return run

@@ -235,6 +235,7 @@ def test_it_learns_keeps_the_pool_on_disk_and_counts_it(teach, tmp_path):
     pool = load_file(file)["pool"]
     assert tuple(pool.shape) == (30, 2)
     assert found["stored_parameters"] == found["trainable_parameters"] + pool.numel()
+    assert found["stored_examples"] == 30
     assert not (tmp_path / "run/adapt-infty/task-001/carried.safetensors").exists()
 
 

@@ -91,8 +91,8 @@ def test_one_quadratic_pulls_as_all_of_them_do():
     anchors, theta = torch.randn(4, 50, generator=draw), torch.randn(50, generator=draw)
     separate, online = EWC(), EWC(online=True, fisher_decay=0.9)
     for fisher, anchor in zip(fishers, anchors, strict=True):
-        separate._consolidate("p", fisher, anchor)
-        online._consolidate("p", fisher, anchor)
+        separate.consolidate("p", fisher, anchor)
+        online.consolidate("p", fisher, anchor)
     pull = separate._fisher["p"] * (theta - separate._anchor["p"])
     torch.testing.assert_close(pull, (fishers * (theta - anchors)).sum(0), rtol=1e-5, atol=1e-5)
     weights = torch.tensor([0.9**3, 0.9**2, 0.9, 1.0])
@@ -101,8 +101,8 @@ def test_one_quadratic_pulls_as_all_of_them_do():
     # where all anchors are one, the forms are one
     separate, online = EWC(), EWC(online=True)
     for fisher in fishers:
-        separate._consolidate("p", fisher, theta)
-        online._consolidate("p", fisher, theta)
+        separate.consolidate("p", fisher, theta)
+        online.consolidate("p", fisher, theta)
     torch.testing.assert_close(separate._fisher["p"], online._fisher["p"])
     torch.testing.assert_close(separate._anchor["p"], online._anchor["p"])
 

@@ -153,6 +153,77 @@ def test_files_and_page(runs: list[Path], tmp_path: Path) -> None:
     assert "Order 2: c → a → b (model some/model, metric rank)" in texts
 
 
+def with_memory(results: dict, sizes: dict[str, list[int]]) -> dict:
+    """What a version that counts bytes writes."""
+    for name, own in sizes.items():
+        found = {"stored_bytes": own[-1], "stored_bytes_by_task": own, "stored_parameters_by_task": own}
+        results["methods"][name] |= {**found, "stored_examples": 2, "stored_examples_by_task": [2] * len(own)}
+    return results
+
+
+def test_curves_are_means_over_seeds_at_each_task(tmp_path: Path) -> None:
+    generator = np.random.default_rng(3)
+    matrices = generator.uniform(10, 90, (3, 4, 4))
+    runs = []
+    for seed, matrix in zip((0, 0, 1), matrices, strict=True):
+        results = make_results({"replay": 50.0}, list("abcd"), seed)
+        results["methods"]["replay"]["matrix"] = matrix.tolist()
+        runs.append(write_run(tmp_path / str(len(runs)), with_memory(results, {"replay": [10, 20, 30, 40 + 2 * seed]})))
+    (row,) = compare_runs(runs)
+    so_far = np.array([[m[k, : k + 1].mean() for k in range(4)] for m in matrices])
+    fell = np.array([[m[j:3, j].max() - m[3, j] for j in range(3)] for m in matrices])
+    for key, values in (("accuracy_so_far", so_far), ("forgetting_by_task", fell)):
+        by_seed = np.stack([values[:2].mean(0), values[2]])
+        np.testing.assert_allclose(row["curves"][key]["mean"], by_seed.mean(0), rtol=1e-12)
+        np.testing.assert_allclose(row["curves"][key]["std"], by_seed.std(0, ddof=1), rtol=1e-9)
+    assert row["curves"]["stored_bytes_by_task"]["mean"] == [10, 20, 30, 41]
+    assert row["mean"]["stored_bytes"] == 41
+
+
+def headings(folder: Path) -> list[str]:
+    source = (folder / "compare.html").read_text(encoding="utf-8")
+    return [part.split("</h4>")[0] for part in source.split("<h4>")[1:]]
+
+
+def test_runs_are_drawn_together(tmp_path: Path) -> None:
+    scores = {"replay": 40.0, "multi-task": 80.0, "per-task": 70.0}
+    sizes = {"replay": [100, 200, 300], "multi-task": [100], "per-task": [100, 200, 300]}
+    run = write_run(tmp_path / "r", with_memory(make_results(scores), sizes))
+    rows = compare_runs([run], tmp_path)
+    assert headings(tmp_path) == [
+        "Accuracy over the stream",
+        "Forgetting by task",
+        "Accuracy against stored memory",
+        "Stored memory over the stream",
+    ]
+    assert rows[1]["curves"]["stored_bytes_by_task"]["mean"] == [None, None, 100]
+    source = (tmp_path / "compare.html").read_text(encoding="utf-8")
+    for tooltip in ("replay at 3: 40.0", "per-task, a: 0.0", "replay: 40.0 at 300 B", "multi-task at 3: 100 B"):
+        assert f"<title>{tooltip}</title>" in source
+    assert "<title>multi-task, " not in source, "where nothing is known of forgetting nothing is drawn"
+
+
+def test_runs_of_older_versions_are_drawn_by_stored_numbers(tmp_path: Path) -> None:
+    old = write_run(tmp_path / "old", make_results({"replay": 40.0}, seed=0))
+    rows = compare_runs([old], tmp_path)
+    assert rows[0]["mean"]["stored_bytes"] is None
+    assert headings(tmp_path) == ["Accuracy over the stream", "Forgetting by task", "Accuracy against stored memory"]
+    assert "<title>replay: 40.0 at 2 048</title>" in (tmp_path / "compare.html").read_text(encoding="utf-8")
+    # beside one that counts bytes, they are named as not known
+    sizes = {"replay": [100, 200, 300]}
+    new = write_run(tmp_path / "new", with_memory(make_results({"replay": 50.0}, rank=4), sizes))
+    compare_runs([old, new], tmp_path)
+    source = (tmp_path / "compare.html").read_text(encoding="utf-8")
+    assert "Not known, or nothing stored: replay (rank=8)." in source
+    assert "<title>replay (rank=4): 50.0 at 300 B</title>" in source
+    assert "| 2 048 | – |" in markdown_table(rows)
+
+
+def test_one_task_is_drawn_without_forgetting(tmp_path: Path) -> None:
+    compare_runs([write_run(tmp_path / "r", make_results({"replay": 40.0}, ["only"]))], tmp_path)
+    assert headings(tmp_path) == ["Accuracy over the stream", "Accuracy against stored memory"]
+
+
 def test_names_are_harmless_everywhere(tmp_path: Path) -> None:
     evil = "<script>|[red]x_1\x1b[31m"
     run = write_run(tmp_path / "r", make_results({evil: 40.0}, [evil, "b"]))

@@ -59,7 +59,7 @@ def without_times(results: dict) -> dict:
     return kept
 
 
-def test_every_method_learns_and_records_the_stream(model_folder, tasks, tmp_path):
+def test_every_method_learns_and_records_the_stream(model_folder, tasks, bytes_on_disk, tmp_path):
     methods = ["am-lora", "seq-lora", "inc-lora", "replay", "per-task", "multi-task"]
     run = learn(model_folder, tasks, methods, out=tmp_path / "run", options=QUICK, seed=3)
     results = run.results
@@ -71,6 +71,7 @@ def test_every_method_learns_and_records_the_stream(model_folder, tasks, tmp_pat
         assert len(entry["losses"]) > 0
         assert entry["average_accuracy"] == pytest.approx(sum(entry["matrix"][-1]) / 2)
         assert entry["settings"]["learning_rate"] == 0.02, name
+        assert entry["stored_bytes"] == bytes_on_disk(run.state_folder(name, run.finished(name))), name
     assert results["methods"]["multi-task"]["matrix"][0] == [None, None]
     assert results["methods"]["multi-task"]["backward_transfer"] is None
     per_task = results["methods"]["per-task"]["matrix"]

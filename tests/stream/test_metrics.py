@@ -12,6 +12,7 @@ from folklora.stream.metrics import (
     average_incremental_accuracy,
     backward_transfer,
     forgetting,
+    forgetting_by_task,
     forward_transfer,
     forward_transfer_individual,
     intransigence,
@@ -37,6 +38,7 @@ def test_every_formula_by_hand():
     assert backward_transfer(R) == pytest.approx((-15 - 20) / 2)
     assert backward_transfer(R, divide_by="T") == pytest.approx((-15 - 20) / 3)
     assert forgetting(R) == pytest.approx((15 + 20) / 2)
+    assert forgetting_by_task(R) == pytest.approx([15, 20])
     assert forward_transfer(R, [None, 10.0, 15.0]) == pytest.approx((20 + 10) / 2)
     assert forward_transfer_individual(R, [80.0, 70.0, 60.0]) == pytest.approx((10 + 10 - 10) / 3)
     assert intransigence(R, [80.0, 70.0, 60.0]) == pytest.approx((-10 - 10 + 10) / 3)

@@ -9,8 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from folklora.stream.plots import accuracy_so_far, plain, read_matrix, ticks, verdict
-from folklora.stream.report import check_results, read_results, write_report
+from folklora.stream.plots import accuracy_so_far, plain, read_matrix, verdict
+from folklora.stream.report import write_report
+from folklora.stream.results import check_results, read_results
+from folklora.stream.scales import ticks
 
 TASKS = ["news", "reviews", "questions"]
 KEEP = {"seq-lora": 0.6, "replay": 0.9, "multi-task": 1.0, "am-lora": 0.97}
@@ -237,6 +239,25 @@ def test_every_problem_is_told(tmp_path: Path) -> None:
 def test_wrong_heads(change: dict, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         check_results({**make_results(), **change})
+
+
+def test_what_is_stored_is_shown_where_it_is_known(tmp_path: Path) -> None:
+    results = make_results(TASKS, ("replay", "seq-lora", "multi-task"))
+    old, _ = report(results, tmp_path)
+    assert "What is stored along the stream" not in old
+    found = {"stored_bytes": 3_000, "stored_examples": 7, "stored_bytes_by_task": [1_000, 1_500, 3_000]}
+    results["methods"]["replay"] |= {**found, "stored_parameters_by_task": [1, 2, 3]}
+    results["methods"]["multi-task"] |= {"stored_bytes": 500, "stored_bytes_by_task": [500]}
+    source, page = report(results, tmp_path)
+    table = source.split("What is stored along the stream")[1].split("</table>")[0]
+    cells = [row.split("</td><td>") for row in table.split('<tr><th scope="row">')[1:]]
+    assert [row[0].rpartition("<td>")[2] for row in cells] == ["1 kB", "–", "500 B"]
+    assert [row[1:3] for row in cells] == [["3 kB", "1 kB"], ["–", "–"], ["500 B", "–"]]
+    assert [row[-1].partition("</td>")[0] for row in cells] == ["7", "–", "–"]
+    assert "multi-task at 3: 500 B" in page.text
+    results["methods"]["replay"]["stored_bytes_by_task"] = [1] * 4
+    with pytest.raises(ValueError, match="'stored_bytes_by_task': must hold 3 numbers at most, one a task"):
+        check_results(results)
 
 
 def test_what_is_no_run(tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ class AdaptInfty(ContinualMethod):
     single selector are the paper's ablations, as are the other kinds of vectors. The published code has no driver: the
     order of the steps is that of its parts' inputs and of the abstract.
 
-    What is kept is which examples are in the pool, two numbers each, saved with each task; the texts are the tasks'.
+    What is kept is the pool: which examples are in it, two numbers each, and their texts, saved with each task.
 
     Source: Maharana, Yoon, Chen, Bansal, "Adapt-∞: Scalable Continual Multimodal Instruction Tuning via Dynamic Data
     Selection", ICLR 2025, arXiv 2410.10636.
@@ -178,6 +178,10 @@ class AdaptInfty(ContinualMethod):
         if self._chosen is None or self._chosen[0] != index:
             return list(tasks[index].train)
         return [tasks[task].train[row] for task, row in self._chosen[1]]
+
+    def kept(self, tasks: Sequence[Task], index: int, seed: int) -> list[Example]:
+        """The pool."""
+        return [tasks[task].train[row] for task, row in self._pool]
 
     def finish(
         self, model: PeftModel, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[Task], index: int

@@ -35,9 +35,9 @@ class ContinualMethod:
     """A way of learning a stream of tasks over any adapter method.
 
     The stream calls, for each task: `prepare`; for each of its `phases`, `enter` and training on `examples` with
-    `begin` before its first step and `penalty` in the loss; `finish`; and `route` before each evaluation. A run that
-    was stopped begins its task anew. Where `reads_logits`, `logits_penalty` is in the loss as well. A method overrides
-    what it does differently; the base class trains one adapter on and on.
+    `begin` before its first step and `penalty` in the loss; `finish`, and `kept` for the old examples that stay; and
+    `route` before each evaluation. A run that was stopped begins its task anew. Where `reads_logits`, `logits_penalty`
+    is in the loss as well. A method overrides what it does differently; the base class trains one adapter on and on.
 
     Args:
         adapter: Options of the adapter that is trained, any `peft.PeftConfig`.
@@ -85,6 +85,18 @@ class ContinualMethod:
             seed: Of the run; whatever is drawn depends on it and on the task alone.
         """
         return list(tasks[index].train)
+
+    def kept(self, tasks: Sequence[Task], index: int, seed: int) -> list[Example]:
+        """The examples of old tasks that later ones will be trained on; called after the training of task `index`.
+
+        The stream stores them beside what `finish` gives, and counts their bytes.
+
+        Args:
+            tasks: The whole stream.
+            index: The task that was learnt last.
+            seed: As for `examples`.
+        """
+        return []
 
     def begin(self, model: PeftModel, steps: int) -> None:
         """Told just before the first step of a task's training how many optimizer steps there will be."""

@@ -111,7 +111,7 @@ class EWC(ContinualMethod):
         drawn = random.Random(f"fisher:{task.name}").sample(task.train, count)
         found = empirical_fisher(model, tokenizer, drawn, self.max_length)
         for name, parameter in _trained(model):
-            self._consolidate(name, found[name], parameter.detach().float().clone())
+            self.consolidate(name, found[name], parameter.detach().float().clone())
         return {
             **{f"fisher.{name}": value for name, value in self._fisher.items()},
             **{f"anchor.{name}": value for name, value in self._anchor.items()},
@@ -122,8 +122,14 @@ class EWC(ContinualMethod):
         self._fisher = {k.removeprefix("fisher."): v for k, v in carried.items() if k.startswith("fisher.")}
         self._anchor = {k.removeprefix("anchor."): v for k, v in carried.items() if k.startswith("anchor.")}
 
-    def _consolidate(self, name: str, fisher: Tensor, value: Tensor) -> None:
-        """Add fisher (θ - value)² to the quadratic that is carried on for one parameter."""
+    def consolidate(self, name: str, fisher: Tensor, value: Tensor) -> None:
+        """Add fisher (θ - value)² to the quadratic that is carried on for one parameter.
+
+        Args:
+            name: The parameter's.
+            fisher: F_k of it after task k, float32.
+            value: θ_k of it, float32.
+        """
         if name not in self._fisher:
             self._fisher[name], self._anchor[name] = fisher, value
             return

@@ -181,15 +181,21 @@ class ExSSNeTStream(ContinualMethod):
         drawn = random.Random(f"transfer:{task.name}").sample(task.train, count)
         answers = sorted({example.completion for example in drawn})
         labels = torch.tensor([answers.index(example.completion) for example in drawn])
-        fitted = max(1, int(_FITTED * count))
         rates = []
         for i in range(index):
             choose_task(model, i)
             features = read(model, tokenizer, [example.prompt for example in drawn])
-            votes = min(self.neighbours, max(1, fitted // 5))
-            found = nearest_vote(features[:fitted], labels[:fitted], features[fitted:], votes)
-            rates.append(float((found == labels[fitted:]).double().mean()) if fitted < count else 0.0)
+            rates.append(self.vote_rate(features, labels))
         return rates
+
+    def vote_rate(self, features: Tensor, labels: Tensor) -> float:
+        """How often the nearest of the first 66 % of the points, [n, d] with labels [n], are right about the others."""
+        fitted = max(1, int(_FITTED * len(labels)))
+        if fitted == len(labels):
+            return 0.0
+        votes = min(self.neighbours, max(1, fitted // 5))
+        found = nearest_vote(features[:fitted], labels[:fitted], features[fitted:], votes)
+        return float((found == labels[fitted:]).double().mean())
 
     def _fix(self, model: PeftModel, index: int) -> None:
         if self.transfer != "none":

@@ -17,7 +17,7 @@ class Replay(ContinualMethod):
 
     |M_i| = max(1, memory · |D_i|), as evenly over the labels as the counts allow; drawn from training examples by the
     run's seed and the task's name, so that methods compared at one seed share their memories. One adapter is trained
-    on and on, as in SeqLoRA.
+    on and on, as in SeqLoRA. The memories are saved with each task, and their bytes count as stored.
 
     Source: baseline in Wang et al. 2023, arXiv 2310.14152; mixing as in the implementations of Razdaibiedina et al.,
     "Progressive Prompts", ICLR 2023, arXiv 2301.12314 (their memory is 1 %; the value behind the first is unknown).
@@ -63,11 +63,15 @@ class Replay(ContinualMethod):
     def examples(self, tasks: Sequence[Task], index: int, seed: int) -> list[Example]:
         """The task's own examples and the memories of the earlier tasks."""
         own = list(tasks[index].train)
-        old = [example for task in tasks[:index] for example in self.remember(task, seed)]
+        old = self.kept(tasks, index - 1, seed)
         if self.share is not None and old:
             wanted = round(self.share / (1 - self.share) * len(own))
             old = [old[i % len(old)] for i in range(max(wanted, len(old)))]
         return own + old
+
+    def kept(self, tasks: Sequence[Task], index: int, seed: int) -> list[Example]:
+        """The memories of the tasks so far."""
+        return [example for task in tasks[: index + 1] for example in self.remember(task, seed)]
 
     def remember(self, task: Task, seed: int) -> list[Example]:
         """The memory of one task: label after label in turn, each label's examples in random order."""

@@ -10,33 +10,20 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from folklora.stream.charts import DASHES, MARKERS, look_of
 from folklora.stream.files import write_json, write_text
-from folklora.stream.plots import (
-    BOUNDS,
-    COLOURS,
-    COSTS,
-    MARKERS,
-    MISSING,
-    SCORES,
-    accuracy_so_far,
-    escape,
-    glossary,
-    number_text,
-    page,
-    plain,
-    read_matrix,
-    text_table,
-    ticks,
-    verdict,
-)
-from folklora.stream.report import check_results, read_results
+from folklora.stream.metrics import IncompleteMatrixError, forgetting_by_task
+from folklora.stream.plots import COLOURS, STORED, accuracy_so_far, number_text, plain, read_matrix
+from folklora.stream.results import check_results, read_results
+from folklora.stream.scales import ticks
+from folklora.stream.side_by_side import HEADINGS, cells_of, compare_page, notes_of
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-_HEADINGS = {key: heading for key, heading, *_ in (*SCORES, *COSTS)}
 # What a terminal or a README has room for; the page shows everything.
-_BRIEF = ("average_accuracy", "backward_transfer", "forward_transfer", "learning_accuracy", "stored_parameters")
+_BRIEF = ("average_accuracy", "backward_transfer", "forward_transfer", "learning_accuracy", *STORED[:2])
+_CURVES = ("accuracy_so_far", "forgetting_by_task", "stored_parameters_by_task", "stored_bytes_by_task")
 
 
 def compare_runs(runs: Sequence[str | Path], out: str | Path | None = None) -> list[dict[str, Any]]:
@@ -55,6 +42,8 @@ def compare_runs(runs: Sequence[str | Path], out: str | Path | None = None) -> l
         Rows, each with "method", "model", "metric", "tasks" (in order; sorted where "over" is "orders"), "settings",
         "over" ("seeds" or "orders"), "seeds", "count" (of seeds, or of orders), "mean" and "std" (by score and cost;
         None where any run has none, or where one value has no deviation) and "runs" (folder, seed, scores, costs).
+        Those over seeds have "curves": "mean" and "std" after each task of "accuracy_so_far", of
+        "stored_parameters_by_task" and of "stored_bytes_by_task", and for each task of "forgetting_by_task".
 
     Raises:
         ValueError: No run is given, one is given twice, or some are not runs; every problem has its line.
@@ -74,7 +63,7 @@ def compare_runs(runs: Sequence[str | Path], out: str | Path | None = None) -> l
     if out is not None:
         Path(out).mkdir(parents=True, exist_ok=True)
         write_json(Path(out) / "compare.json", rows)
-        write_text(Path(out) / "compare.html", _compare_page(rows))
+        write_text(Path(out) / "compare.html", compare_page(rows))
     return rows
 
 
@@ -96,11 +85,21 @@ def _read_entries(runs: Sequence[str | Path]) -> list[dict[str, Any]]:
             shared = {key: results[key] for key in ("model", "metric", "tasks")}
             settings = _without_seed(entry["settings"])
             seed = entry.get("seed", results.get("seed"))
-            numbers = {key: entry[key] for key in _HEADINGS}
+            numbers = {key: entry[key] for key in HEADINGS} | _curves_of(entry)
             entries.append({"method": method, **shared, "settings": settings, "run": str(run), "seed": seed, **numbers})
     if problems:
         raise ValueError("\n".join(problems))
     return entries
+
+
+def _curves_of(entry: dict[str, Any]) -> dict[str, list[float | None]]:
+    matrix = entry["matrix"]
+    try:
+        forgotten: list[float | None] = [*forgetting_by_task(matrix)] if len(matrix) > 1 else []
+    except IncompleteMatrixError:
+        forgotten = [None] * (len(matrix) - 1)
+    along = {key: entry[key] for key in _CURVES[2:]}
+    return {"accuracy_so_far": accuracy_so_far(matrix), "forgetting_by_task": forgotten, **along}
 
 
 def _without_seed(settings: Any) -> Any:
@@ -113,10 +112,18 @@ def _over_seeds(entries: list[dict[str, Any]]) -> dict[str, Any]:
     by_seed: dict[Any, list[dict[str, Any]]] = {}
     for entry in entries:
         by_seed.setdefault(entry["seed"], []).append(entry)
-    means = [{key: _mean(run[key] for run in group) for key in _HEADINGS} for group in by_seed.values()]
+    means = [{key: _mean(run[key] for run in group) for key in HEADINGS} for group in by_seed.values()]
     row = {key: entries[0][key] for key in ("method", "model", "metric", "tasks", "settings")}
-    runs = [{key: entry[key] for key in ("run", "seed", *_HEADINGS)} for entry in entries]
-    return {**row, "over": "seeds", "seeds": list(by_seed), **_spread(means), "runs": runs}
+    runs = [{key: entry[key] for key in ("run", "seed", *HEADINGS)} for entry in entries]
+    curves = {key: _curve([[run[key] for run in group] for group in by_seed.values()]) for key in _CURVES}
+    return {**row, "over": "seeds", "seeds": list(by_seed), **_spread(means), "curves": curves, "runs": runs}
+
+
+def _curve(groups: list[list[list[float | None]]]) -> dict[str, list[float | None]]:
+    """Mean and deviation over seeds at each place of a curve; `groups` has the curves of each seed."""
+    by_seed = [[_mean(values) for values in zip(*curves, strict=True)] for curves in groups]
+    places = list(zip(*by_seed, strict=True))
+    return {"mean": [_mean(values) for values in places], "std": [_deviation(values) for values in places]}
 
 
 def _over_orders(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -128,8 +135,8 @@ def _over_orders(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _spread(groups: list[dict[str, float | None]]) -> dict[str, Any]:
-    mean = {key: _mean(group[key] for group in groups) for key in _HEADINGS}
-    deviation = {key: _deviation([group[key] for group in groups]) for key in _HEADINGS}
+    mean = {key: _mean(group[key] for group in groups) for key in HEADINGS}
+    deviation = {key: _deviation([group[key] for group in groups]) for key in HEADINGS}
     return {"count": len(groups), "mean": mean, "std": deviation}
 
 
@@ -142,65 +149,14 @@ def _deviation(values: Sequence[float | None]) -> float | None:
     return None if None in values or len(values) < 2 else statistics.stdev(values)
 
 
-def _cells(rows: Sequence[dict[str, Any]], keys: Iterable[str]) -> tuple[list[str], list[list[str]], int]:
-    """Headings, cells, and how many columns at the left are text: model, metric and order only where they differ."""
-    texts = {"Method": [row["method"] for row in rows]}
-    for key in ("model", "metric"):
-        if len({row[key] for row in rows}) > 1:
-            texts[key.capitalize()] = [row[key] for row in rows]
-    orders = _orders(rows)
-    if len(orders) > 1:
-        numbers = {order: str(i) for i, order in enumerate(orders, start=1)}
-        texts["Order"] = ["mean" if row["over"] == "orders" else numbers[tuple(row["tasks"])] for row in rows]
-    if any(notes := _setting_notes(rows)):
-        texts["Settings"] = notes
-    width = len(texts)
-    if any(len(row["seeds"]) > 1 for row in rows):
-        texts["Seeds"] = [str(len(row["seeds"])) for row in rows]
-    for key in keys:
-        texts[_HEADINGS[key]] = [_with_deviation(key, row) for row in rows]
-    return list(texts), [[plain(cell) for cell in cells] for cells in zip(*texts.values(), strict=True)], width
-
-
-def _orders(rows: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
-    return list(dict.fromkeys(tuple(row["tasks"]) for row in rows if row["over"] == "seeds"))
-
-
-def _notes(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """What stands below a table: the orders of the tasks, and what ± is."""
-    orders = _orders(rows)
-    names = [f"order {i}" for i in range(1, len(orders) + 1)] if len(orders) > 1 else ["tasks"]
-    notes = [plain(f"{name}: {' → '.join(order)}") for name, order in zip(names, orders, strict=True)]
-    if any(row["count"] > 1 for row in rows):
-        notes.append("mean ± sample standard deviation over seeds; in a mean over orders, over these")
-    return notes
-
-
-def _with_deviation(key: str, row: dict[str, Any]) -> str:
-    text, deviation = number_text(key, row["mean"][key]), row["std"][key]
-    return text if deviation is None or key.endswith("_parameters") else f"{text} ± {deviation:.1f}"
-
-
-def _setting_notes(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """For each row, the settings in which rows of its method differ; those of some adapters alone, among these."""
-    notes = []
-    for row in rows:
-        others = [other["settings"] for other in rows if other["method"] == row["method"]]
-        alike = [settings for settings in others if settings.get("adapter") == row["settings"].get("adapter")]
-        keys = {key: others if all(key in s for s in others) else alike for settings in alike for key in settings}
-        differing = [k for k, group in keys.items() if len({json.dumps(s.get(k), sort_keys=True) for s in group}) > 1]
-        notes.append(", ".join(f"{key}={json.dumps(row['settings'].get(key))}" for key in differing))
-    return notes
-
-
 def render_table(rows: Sequence[dict[str, Any]]) -> Table:
     """The rows of `compare_runs` as a table for the terminal.
 
     Raises:
         ImportError: rich is missing.
     """
-    headings, cells, width = _cells(rows, _BRIEF)
-    table = _table(None, "\n".join(_notes(rows)))
+    headings, cells, width = cells_of(rows, _BRIEF)
+    table = _table(None, "\n".join(notes_of(rows)))
     for i, heading in enumerate(headings):
         table.add_column(heading, justify="left" if i < width else "right", overflow="fold")
     for row, texts in zip(rows, cells, strict=True):
@@ -257,56 +213,16 @@ def _texts(cells: Sequence[str], styles: Sequence[str] | None = None) -> list[An
 
 def markdown_table(rows: Sequence[dict[str, Any]]) -> str:
     """The rows of `compare_runs` as a Markdown table, and what it needs to be read below it."""
-    headings, cells, width = _cells(rows, _BRIEF)
+    headings, cells, width = cells_of(rows, _BRIEF)
     lines = [headings, ["---"] * width + ["---:"] * (len(headings) - width), *cells]
     table = "".join(f"| {' | '.join(_markdown(cell) for cell in line)} |\n" for line in lines)
-    return table + "".join(f"\n{_markdown(line)}\n" for line in _notes(rows))
+    return table + "".join(f"\n{_markdown(line)}\n" for line in notes_of(rows))
 
 
 def _markdown(cell: str) -> str:
     for sign in "\\|`*_[]":
         cell = cell.replace(sign, f"\\{sign}")
     return cell.replace("&", "&amp;").replace("<", "&lt;")
-
-
-def _verdicts(rows: Sequence[dict[str, Any]]) -> str:
-    streams: dict[Any, list[dict[str, Any]]] = {}
-    for row in rows:
-        if row["over"] == "seeds":
-            streams.setdefault((tuple(row["tasks"]), row["model"], row["metric"]), []).append(row)
-    orders = _orders(rows)
-    numbers = {order: f"Order {i}: " if len(orders) > 1 else "" for i, order in enumerate(orders, start=1)}
-    parts = []
-    for (tasks, model, metric), group in streams.items():
-        ends: tuple[list[Any], list[Any]] = [], []
-        for row, note in zip(group, _setting_notes(group), strict=True):
-            name = f"{row['method']} ({note})" if note else row["method"]
-            ends[row["method"] in BOUNDS].append((name, row["mean"]["average_accuracy"]))
-        title = f"{numbers[tasks]}{' → '.join(tasks)} (model {model}, metric {metric})"
-        parts.append(f"<h3>{escape(title)}</h3><p>{escape(verdict(*ends))}</p>")
-    return "\n".join(parts)
-
-
-def _compare_page(rows: Sequence[dict[str, Any]]) -> str:
-    runs = [
-        [row["method"], run["run"], str(run["seed"]), *(number_text(key, run[key]) for key in _HEADINGS)]
-        for row in rows
-        if row["over"] == "seeds"
-        for run in row["runs"]
-    ]
-    headings = ["Method", "Run", "Seed", *_HEADINGS.values()]
-    body = (
-        "<h1>Runs side by side</h1>\n"
-        f"{_verdicts(rows)}\n"
-        "<p>Means over seeds ± the sample standard deviation; a number without ± comes from one seed. The same tasks "
-        "in another order stand in another row; a mean over orders (below a line) averages those rows, ± the deviation "
-        f"over orders. {MISSING}: not measured in every run. Differences smaller than the deviations may be chance, "
-        "and rows of different models, metrics or tasks are not comparable.</p>\n"
-        f"{text_table(*_cells(rows, _HEADINGS), [row['over'] == 'orders' for row in rows])}\n"
-        f"{glossary()}\n"
-        f"<details><summary>Every run</summary>{text_table(headings, runs, 2)}</details>"
-    )
-    return page("Folklora: runs side by side", body)
 
 
 def plot_stream(results: dict[str, Any], path: str | Path) -> None:
@@ -348,8 +264,9 @@ def plot_stream(results: dict[str, Any], path: str | Path) -> None:
 
 
 def _look(index: int, size: float) -> dict[str, Any]:
-    place, dashes = index % len(COLOURS), "-" if index < len(COLOURS) else "--"
-    return {"color": COLOURS[place], "marker": MARKERS[place], "linestyle": dashes, "markersize": size, "mew": 0}
+    colour, marker, dashes = look_of(index)
+    line = {"color": COLOURS[colour], "linestyle": DASHES[dashes]}
+    return {**line, "marker": MARKERS[marker], "markersize": size, "mew": 0}
 
 
 def _dress(axes: Any, count: int) -> None:

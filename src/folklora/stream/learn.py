@@ -31,9 +31,11 @@ from folklora.stream.calibration import calibrated
 from folklora.stream.evaluate import evaluate
 from folklora.stream.files import write_json
 from folklora.stream.fit import check_fit
+from folklora.stream.memory import count_stored, pack
 from folklora.stream.options import build_method, describe, split_options
+from folklora.stream.plots import STORED
 from folklora.stream.report import write_report
-from folklora.stream.run import Run, create_run, stored_parameters, unload
+from folklora.stream.run import Run, create_run, stored_tensors, unload
 from folklora.stream.tasks import Example, Task, hold_out, load_tasks
 from folklora.stream.tokens import encode, label_tokens
 from folklora.stream.train import TrainSettings, train_task
@@ -175,6 +177,7 @@ class _Lesson:
         name = "all tasks" if self.method.joint else course.tasks[index].name
         losses, trainable = self._train(model, index, name, seed)
         carried = self.method.finish(model, course.tokenizer, course.tasks, index)
+        examples = self.method.kept(course.tasks, index, course.seed)
         trained = time.perf_counter() - began
         row = self._row(model, len(course.tasks) if self.method.joint else index + 1)
         last = index + 1 == self.stages
@@ -183,13 +186,13 @@ class _Lesson:
             "start": start,
             "losses": losses,
             "trainable_parameters": trainable,
-            "stored_parameters": stored_parameters(model) + sum(value.numel() for value in carried.values()),
+            **count_stored([*stored_tensors(model), *carried.values()], examples),
             "train_seconds": round(trained, 3),
             "seconds": round(time.perf_counter() - began, 3),
             "attention": self.method.observe(model, course.tokenizer, course.tasks) if last else None,
         }
         changed = self.method.changed(model, index)
-        course.run.save_state(self.method.method, index + 1, model, state, carried, changed)
+        course.run.save_state(self.method.method, index + 1, model, state, {**carried, **pack(examples)}, changed)
         course.run.log("task", method=self.method.method, task=name, row=row, seconds=state["seconds"])
         course.tell(event="row", method=self.method.method, index=index, row=row)
         self.states.append(state)
@@ -270,7 +273,9 @@ class _Lesson:
             "start": start,
             **metrics.summary(matrix, start),
             "trainable_parameters": max(state["trainable_parameters"] for state in self.states),
-            "stored_parameters": self.states[-1]["stored_parameters"],
+            **{key: self.states[-1].get(key) for key in STORED},
+            # a run that an older version began knows no bytes of its first tasks
+            **{f"{key}_by_task": [state.get(key) for state in self.states] for key in STORED},
             "seconds": round(sum(state["seconds"] for state in self.states), 3),
             "seconds_by_task": [state["seconds"] for state in self.states],
             "train_seconds": round(sum(state["train_seconds"] for state in self.states), 3),

@@ -109,12 +109,27 @@ def forgetting(matrix: Matrix) -> float:
         IncompleteMatrixError: One of those cells is missing.
         ValueError: There is a single task.
     """
+    return _mean(forgetting_by_task(matrix))
+
+
+def forgetting_by_task(matrix: Matrix) -> list[float]:
+    """How far each earlier task fell from its best, F_j = max_{j≤l<T-1} R[l][j] - R[T-1][j] for j < T-1.
+
+    Args:
+        matrix: R, T rows of T scores; all on and below the diagonal but R[T-1][T-1] is used.
+
+    Returns:
+        T-1 values (percentage points).
+
+    Raises:
+        IncompleteMatrixError: One of those cells is missing.
+        ValueError: There is a single task.
+    """
     T = _at_least_two(matrix, "forgetting")
     _cells(matrix, [(i, j) for j in range(T - 1) for i in range(j, T)])
     best = [max(_cells(matrix, [(i, j) for i in range(j, T - 1)])) for j in range(T - 1)]
-    return _mean(
-        [high - low for high, low in zip(best, _cells(matrix, [(T - 1, j) for j in range(T - 1)]), strict=True)]
-    )
+    last = _cells(matrix, [(T - 1, j) for j in range(T - 1)])
+    return [high - low for high, low in zip(best, last, strict=True)]
 
 
 def forward_transfer(matrix: Matrix, start: Scores) -> float:

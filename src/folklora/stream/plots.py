@@ -1,27 +1,16 @@
-"""What the pages are made of: numbers read and put in words, heat maps, line charts, and the page around them."""
+"""What the pages are made of: numbers read and put in words, tables, heat maps, and the page around them."""
 
 from __future__ import annotations
 
 import html
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
 # Okabe and Ito's colours, which colour-blind readers tell apart; yellow is left out, as white paper swallows it.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#444444")
 DARK_COLOURS = ("#3D9BE0", "#F2793A", "#1DBF92", "#E39AC4", "#F0B429", "#9ADBFF", "#C9C9C4")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-MARKER_PATHS = (
-    "M-3 0a3 3 0 1 0 6 0a3 3 0 1 0 -6 0z",
-    "M-3 -3h6v6h-6z",
-    "M0 -4L3.7 3H-3.7z",
-    "M0 -4L4 0L0 4L-4 0z",
-    "M0 4L3.7 -3H-3.7z",
-    "M-1.3 -4h2.6v2.7h2.7v2.6h-2.7v2.7h-2.6v-2.7h-2.7v-2.6h2.7z",
-    "M-3.5 -3.5L-1.5 -3.5L0 -1.5L1.5 -3.5L3.5 -3.5L1.2 0L3.5 3.5L1.5 3.5L0 1.5L-1.5 3.5L-3.5 3.5L-1.2 0z",
-)
 MISSING = "–"
 
 # key in results.json, heading, which end is better (1 high, -1 low, 0 neither), what it means
@@ -51,17 +40,21 @@ SCORES = (
 COSTS = (
     ("trainable_parameters", "Trainable parameters", "numbers that training changes while one task is learned"),
     ("stored_parameters", "Stored parameters", "numbers kept at the end beside the base model"),
+    (
+        "stored_bytes",
+        "Stored bytes",
+        "what those numbers and the old examples that are kept for later tasks take at the end (1 kB is 1,000 bytes)",
+    ),
     ("seconds", "Seconds", "time that the method took"),
 )
+# Of what a method keeps, the keys in results.json; each has a list beside it, KEY_by_task, of the same after each task.
+STORED = ("stored_parameters", "stored_bytes", "stored_examples")
 # Methods that show what is possible rather than learn task after task without being told the task.
 BOUNDS = {
     "multi-task": "multi-task trains on all the tasks at once",
     "per-task": "per-task keeps one adapter for each task and is told which task is asked",
 }
 _SIGNED = ("backward_transfer", "forward_transfer")
-
-_WIDTH, _HEIGHT = 340, 205
-_LEFT, _RIGHT, _TOP, _FLOOR = 40, 328, 12, 165
 
 _STYLE = """
 :root{color-scheme:light dark;--bg:#fbfbf9;--fg:#1c1c1a;--muted:#5c5b56;--rule:#dbdad4;--shade:#efeee9;
@@ -99,25 +92,19 @@ background:rgb(var(--heat)/calc(var(--v)*var(--strength)))}
 color:var(--fg)}
 .key.later{border:1.5px dashed var(--muted);font-style:italic;color:var(--muted)}
 .grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,19rem),1fr));gap:1.2rem 1.4rem;margin:.8rem 0}
+.pair{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,26rem),1fr));gap:1.6rem 2rem;margin:1rem 0}
 .flow{display:flex;flex-wrap:wrap;gap:1.2rem 2.2rem;margin:.8rem 0} .flow>*{max-width:100%;margin:0}
-figure{margin:0;min-width:0} figure.wide{max-width:29rem}
+figure{margin:0;min-width:0} figure.wide{max-width:38rem} h4{font-size:.95rem;margin:0} figure p{margin:.1rem 0 .5rem}
 svg{display:block;width:100%;height:auto} svg text{fill:var(--muted);font:11px system-ui,sans-serif}
 .axis{stroke:var(--rule);stroke-width:1} .mark{stroke:var(--muted);stroke-width:1;stroke-dasharray:3 3}
 .shade{fill:var(--shade)} .line{fill:none;stroke:var(--c);stroke-width:1.8;stroke-linejoin:round}
-.second{stroke-dasharray:5 3} .dot{fill:var(--c);stroke:var(--bg);stroke-width:.8}
+.second{stroke-dasharray:5 3} .third{stroke-dasharray:1.5 3} .dot{fill:var(--c);stroke:var(--bg);stroke-width:.8}
+.band{fill:var(--c);opacity:.15} .whisker{stroke:var(--c);stroke-width:1.3} .leader{stroke:var(--muted);stroke-width:.6}
+.zero{stroke:var(--muted);stroke-width:1} svg text.name{fill:var(--fg)}
 .legend{list-style:none;display:flex;flex-wrap:wrap;gap:.2rem 1.2rem;padding:0;font-size:.9rem;max-width:none}
 .legend li{display:flex;align-items:center;gap:.45rem} .legend svg{width:30px;flex:none}
 details{margin:.5rem 0} summary{cursor:pointer;font-weight:600} td.text{white-space:pre-wrap}
 """
-
-
-@dataclass(frozen=True)
-class Line:
-    """One line of a chart: its name, its place in the order of colours, and its points (None is a gap)."""
-
-    name: str
-    colour: int
-    points: Sequence[tuple[float, float | None]]
 
 
 def plain(value: Any) -> str:
@@ -195,10 +182,24 @@ def accuracy_so_far(matrix: Sequence[Sequence[float | None]]) -> list[float | No
     return means
 
 
+def bytes_text(count: float) -> str:
+    """Bytes in the unit that leaves three digits: 812 B, 37.6 kB, 1.13 MB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 999.5 or unit == "GB":
+            break
+        count /= 1000
+    digits = 0 if unit == "B" or abs(count) >= 99.95 else 1 if abs(count) >= 9.995 else 2
+    text = f"{count:.{digits}f}"
+    text = text.rstrip("0").rstrip(".") if digits else text
+    return f"{text} {unit}".replace("-", "\u2212")
+
+
 def number_text(key: str, value: float | None) -> str:
     """A score or cost as the tables show it: one digit after the point, signs on transfers, thin spaces in counts."""
     if value is None:
         return MISSING
+    if key.endswith("_bytes"):
+        return bytes_text(value)
     if key.endswith("_parameters"):
         return f"{round(value):,}".replace(",", "\u202f")
     text = f"{value:+.1f}" if key in _SIGNED else f"{value:.1f}"
@@ -303,94 +304,3 @@ def text_table(headings: Sequence[str], rows: Sequence[Sequence[str]], texts: in
         line += "".join(f"<td{kind}>{escape(text)}</td>" for kind, text in zip(kinds[1:], cells[1:], strict=True))
         lines.append(f'<tr class="mean">{line}</tr>' if means and means[i] else f"<tr>{line}</tr>")
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead>\n<tbody>{"".join(lines)}</tbody></table></div>'
-
-
-def legend(names: Sequence[str]) -> str:
-    """The colours and marks of the lines, for all the charts of a section."""
-    items = [
-        f'<li><svg viewBox="0 0 30 12" aria-hidden="true"><path class="{_line_class(i)}" style="{_colour(i)}" '
-        f'd="M1 6H29"/>{_dot(15, 6, i)}</svg>{escape(name)}</li>'
-        for i, name in enumerate(names)
-    ]
-    return f'<ul class="legend">{"".join(items)}</ul>'
-
-
-def line_chart(
-    lines: Sequence[Line],
-    *,
-    label: str,
-    x_label: str,
-    x_top: float,
-    y_top: float,
-    dots: bool = True,
-    shade_to: float = 0.0,
-    marks: Sequence[float] = (),
-) -> str:
-    """A line chart as inline SVG, its axes starting at 0.
-
-    Args:
-        lines: What to draw; a gap (None) interrupts a line, a lone point is a mark alone.
-        label: The chart in words, for those who cannot see it.
-        x_label: What the horizontal axis counts.
-        x_top: Its end.
-        y_top: The end of the vertical axis.
-        dots: Whether each point carries its method's mark (with its value as tooltip).
-        shade_to: The part before this x is shaded.
-        marks: Where dashed vertical lines stand.
-    """
-
-    across, up = (_RIGHT - _LEFT) / x_top, (_FLOOR - _TOP) / y_top
-    parts = [f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(label)}">']
-    if shade_to > 0:
-        size = f'width="{shade_to * across:.1f}" height="{_FLOOR - _TOP}"'
-        parts.append(f'<rect class="shade" x="{_LEFT}" y="{_TOP}" {size}/>')
-    for y in ticks(y_top):
-        parts.append(f'<path class="axis" d="M{_LEFT} {_FLOOR - y * up:.1f}H{_RIGHT}"/>')
-        parts.append(_text(_LEFT - 6, _FLOOR - y * up + 4, f"{y:g}", "end"))
-    parts += [f'<path class="mark" d="M{_LEFT + x * across:.1f} {_TOP}V{_FLOOR}"/>' for x in marks]
-    parts += [_text(_LEFT + x * across, _FLOOR + 15, f"{x:g}") for x in ticks(x_top, whole=True)]
-    parts.append(_text((_LEFT + _RIGHT) / 2, _FLOOR + 32, x_label))
-    for line in lines:
-        placed = [(_LEFT + x * across, None if y is None else _FLOOR - y * up) for x, y in line.points]
-        parts.append(f'<path class="{_line_class(line.colour)}" style="{_colour(line.colour)}" d="{_path(placed)}"/>')
-        for (x, y), (px, py) in zip(line.points, placed, strict=True):
-            if dots and py is not None:
-                parts.append(_dot(px, py, line.colour, f"{line.name} at {x:g}: {y:.1f}"))
-    return "".join(parts) + "</svg>"
-
-
-def ticks(top: float, *, whole: bool = False) -> list[float]:
-    """At most seven round numbers from 0 to `top`, evenly spaced."""
-    step = 10.0 ** math.floor(math.log10(top / 6)) if top > 0 else 1.0
-    step = next(step * factor for factor in (1, 2, 5, 10) if top / (step * factor) <= 6 + 1e-9)
-    if whole:
-        step = max(step, 1.0)
-    return [i * step for i in range(int(top / step + 1e-9) + 1)]
-
-
-def _colour(index: int) -> str:
-    return f"--c:var(--c{index % len(COLOURS)})"
-
-
-def _line_class(index: int) -> str:
-    return "line" if index < len(COLOURS) else "line second"
-
-
-def _text(x: float, y: float, text: str, anchor: str = "middle") -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
-
-
-def _dot(x: float, y: float, index: int, title: str = "") -> str:
-    shape = MARKER_PATHS[index % len(MARKER_PATHS)]
-    inner = f"<title>{escape(title)}</title>" if title else ""
-    place = f'transform="translate({x:.1f} {y:.1f})"'
-    return f'<path class="dot" style="{_colour(index)}" {place} d="{shape}">{inner}</path>'
-
-
-def _path(points: Sequence[tuple[float, float | None]]) -> str:
-    steps, pen_down = [], False
-    for x, y in points:
-        if y is not None:
-            steps.append(f"{'L' if pen_down else 'M'}{x:.1f} {y:.1f}")
-        pen_down = y is not None
-    return "".join(steps)

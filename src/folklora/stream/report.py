@@ -4,170 +4,35 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from folklora.stream.files import read_json, write_text
+from folklora.stream.charts import WIDE, Line, growth_chart, legend, line_chart, tasks_axis
+from folklora.stream.files import write_text
 from folklora.stream.plots import (
     BOUNDS,
     COSTS,
     MISSING,
     SCORES,
-    Line,
     accuracy_so_far,
+    bytes_text,
     escape,
     glossary,
     heat_map,
-    legend,
-    line_chart,
     number_text,
     page,
-    read_matrix,
-    read_number,
-    read_scores,
+    text_table,
     verdict,
 )
+from folklora.stream.results import read_results
+from folklora.stream.scales import Axis
 
 _METRICS = {
     "auto": "the label with the highest likelihood; exact match where a task has no labels",
     "rank": "the label with the highest likelihood",
     "exact": "exact match of the generated answer, after lower-casing and removing punctuation",
 }
-
-
-def read_results(run: str | Path) -> dict[str, Any]:
-    """Read and check RUN/results.json.
-
-    Args:
-        run: The folder of a run.
-
-    Returns:
-        The results, with NaN and infinity turned to None and each matrix made of T rows of T cells.
-
-    Raises:
-        FileNotFoundError: There is no such folder, or it holds no results.json.
-        ValueError: The file is not JSON, or something in it is missing or wrong; every problem has its line.
-    """
-    run = Path(run)
-    if not run.is_dir():
-        raise FileNotFoundError(f"{run}: there is no such folder")
-    path = run / "results.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{run}: not the folder of a run, as it holds no results.json")
-    return check_results(read_json(path), str(path))
-
-
-def check_results(results: Any, where: str = "results") -> dict[str, Any]:
-    """Check the shape of results and fill in what may be left out.
-
-    Args:
-        results: What results.json holds.
-        where: What an error calls it.
-
-    Returns:
-        A copy with NaN and infinity turned to None and each matrix made of T rows of T cells.
-
-    Raises:
-        ValueError: Something is missing or wrong; every problem has its line.
-    """
-    results = _finite(results)
-    problems = _head_problems(results)
-    methods: dict[str, Any] = {}
-    if not problems:
-        for name, entry in results["methods"].items():
-            methods[name], found = _check_method(entry, results["tasks"])
-            problems += [f"methods.{name}: {problem}" for problem in found]
-    if problems:
-        raise ValueError("\n".join(f"{where}: {problem}" for problem in problems))
-    return {**results, "methods": methods}
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _is_names(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(name, str) for name in value)
-
-
-def _head_problems(results: Any) -> list[str]:
-    if not isinstance(results, dict):
-        return [f"must hold one JSON object, found {type(results).__name__}"]
-    problems = []
-    for key in ("model", "metric"):
-        if not isinstance(results.get(key), str):
-            problems.append(f"'{key}' must be a text" if key in results else f"'{key}' is missing")
-    if not isinstance(results.get("seed"), (int, type(None))):
-        problems.append("'seed' must be a whole number")
-    if not _is_names(results.get("tasks")):
-        problems.append("'tasks' must be a list of task names, at least one")
-    if not isinstance(results.get("methods"), dict) or not results["methods"]:
-        problems.append("'methods' must map each method's name to its results, at least one")
-    return problems
-
-
-def _check_method(entry: Any, tasks: list[str]) -> tuple[dict[str, Any], list[str]]:
-    if not isinstance(entry, dict):
-        return {}, [f"must be an object, found {type(entry).__name__}"]
-    numbers = [key for key, *_ in SCORES] + [key for key, *_ in COSTS]
-    problems = [f"'{key}' is missing" for key in ["matrix", *numbers] if key not in entry]
-    entry = {"start": None, "settings": {}, "losses": [], "attention": None, **entry}
-    checks = {
-        "matrix": lambda value: read_matrix(value, len(tasks)),
-        "start": lambda value: read_scores(value, len(tasks), "the scores before training"),
-        "seed": _must_be((int, type(None)), "a whole number"),
-        "settings": _must_be((dict,), "an object"),
-        "losses": lambda value: _check_losses(value, len(tasks)),
-        "attention": _check_attention,
-        **dict.fromkeys(numbers, read_number),
-    }
-    for key, check in checks.items():
-        if key in entry:
-            try:
-                entry[key] = check(entry[key])
-            except ValueError as error:
-                problems.append(f"'{key}': {error}")
-    return entry, problems
-
-
-def _must_be(kinds: tuple[type, ...], words: str) -> Callable[[Any], Any]:
-    def check(value: Any) -> Any:
-        if not isinstance(value, kinds):
-            raise ValueError(f"must be {words}, found {type(value).__name__}")
-        return value
-
-    return check
-
-
-def _check_losses(losses: Any, count: int) -> list[dict[str, Any]]:
-    for i, record in enumerate(_must_be((list,), "a list")(losses)):
-        if not isinstance(record, dict) or {"task", "step", "loss"} - record.keys():
-            raise ValueError(f"record {i} must have 'task', 'step' and 'loss'")
-        if record["task"] not in range(count) or read_number(record["step"]) is None:
-            raise ValueError(f"record {i} must have a task from 0 to {count - 1} and a step that is a number")
-        read_number(record["loss"])
-    return losses
-
-
-def _check_attention(attention: Any) -> dict[str, Any] | None:
-    if attention is None:
-        return None
-    if not isinstance(attention, dict) or not all(
-        _is_names(attention.get(key)) for key in ("tasks", "layers", "slots")
-    ):
-        raise ValueError("must be null or hold the names of 'tasks', 'layers' and 'slots', and their 'mean'")
-    tasks, layers, slots = (len(attention[key]) for key in ("tasks", "layers", "slots"))
-    mean = attention.get("mean")
-    shaped = isinstance(mean, list) and len(mean) == tasks
-    shaped = shaped and all(isinstance(rows, list) and len(rows) == layers for rows in mean)
-    if not shaped or not all(isinstance(row, list) and len(row) == slots for rows in mean for row in rows):
-        raise ValueError(f"'mean' must be {tasks} tasks of {layers} layers of {slots} slots")
-    return {**attention, "mean": [[[read_number(cell) for cell in row] for row in rows] for rows in mean]}
 
 
 def write_report(run: str | Path) -> Path:
@@ -186,7 +51,8 @@ def write_report(run: str | Path) -> Path:
     results = read_results(run)
     methods, tasks = results["methods"], results["tasks"]
     parts = [_heading(results), _summary(results), _average_section(methods, len(tasks))]
-    parts += [_retention(methods, tasks), _matrices(methods, tasks), _losses(methods, tasks), _attention(methods)]
+    parts += [_retention(methods, tasks), _matrices(methods, tasks), _memory(methods, len(tasks))]
+    parts += [_losses(methods, tasks), _attention(methods)]
     parts.append(_settings(methods))
     path = Path(run) / "report.html"
     write_text(path, page(f"Folklora: {results['model']}, {len(tasks)} tasks", "\n".join(filter(None, parts))))
@@ -246,10 +112,11 @@ def _average_section(methods: dict[str, Any], count: int) -> str:
     ]
     chart = line_chart(
         lines,
-        label="Average accuracy over the tasks seen so far, by method",
-        x_label="tasks trained",
-        x_top=count,
-        y_top=100,
+        "Average accuracy over the tasks seen so far, by method",
+        tasks_axis(count),
+        Axis("accuracy (%)", 100),
+        size=WIDE,
+        names=True,
     )
     return (
         "<h2>Average accuracy along the stream</h2>\n"
@@ -268,7 +135,8 @@ def _retention(methods: dict[str, Any], tasks: Sequence[str]) -> str:
             column = [before, *(row[j] for row in entry["matrix"])]
             lines.append(Line(name, i, list(enumerate(column))))
         label = f"Accuracy on {task} after each task, by method"
-        chart = line_chart(lines, label=label, x_label="tasks trained", x_top=len(tasks), y_top=100, shade_to=j + 1)
+        x, y = Axis("tasks trained", len(tasks), whole=True), Axis("accuracy (%)", 100)
+        chart = line_chart(lines, label, x, y, shade_to=j + 1)
         charts.append(f"<figure><h3>{j + 1}. {escape(task)}</h3>{chart}</figure>")
     return (
         "<h2>Each task along the stream</h2>\n"
@@ -292,6 +160,28 @@ def _matrices(methods: dict[str, Any], tasks: Sequence[str]) -> str:
         'percent. <span class="key">Framed</span>: the task just trained. Left of it, tasks learned earlier: read down '
         'a column to see what was kept. <span class="key later">Dashed</span>: tasks not yet seen. '
         f'{MISSING}: not tested.</p>\n<div class="flow">{"".join(maps)}</div>'
+    )
+
+
+def _memory(methods: dict[str, Any], count: int) -> str:
+    sizes = {name: entry["stored_bytes_by_task"] for name, entry in methods.items()}
+    chart = growth_chart([Line(n, i, list(enumerate(sizes[n], start=1))) for i, n in enumerate(methods)], count)
+    if not chart:
+        return ""
+    headings = ["Method", "First task", "Last task", "Growth a task", "Numbers", "Examples"]
+    rows = []
+    for name, entry in methods.items():
+        known = [size for size in sizes[name] if size is not None]
+        growth = bytes_text((known[-1] - known[0]) / (len(known) - 1)) if len(known) > 1 else MISSING
+        ends = [bytes_text(known[i]) if known else MISSING for i in (0, -1)]
+        kept = MISSING if entry["stored_examples"] is None else f"{entry['stored_examples']:,.0f}"
+        rows.append([name, *ends, growth, number_text("stored_parameters", entry["stored_parameters"]), kept])
+    return (
+        "<h2>What is stored along the stream</h2>\n"
+        "<p>After each task: what the method's adapters hold and what it carries on beside them for later tasks, such "
+        "as importances, masks, keys or old examples; the base model is not counted. The scale is of ratios: a level "
+        "line stores the same whatever the number of tasks. Numbers and examples are those after the last task.</p>\n"
+        f'{legend(list(methods))}\n<figure class="wide">{chart}</figure>\n{text_table(headings, rows, 1)}'
     )
 
 
@@ -326,16 +216,8 @@ def _losses(methods: dict[str, Any], tasks: Sequence[str]) -> str:
     charts = []
     for name, (line, borders) in drawn.items():
         end = max(line.points[-1][0], 1.0)
-        label = f"Training loss of {name}"
-        chart = line_chart(
-            [line],
-            label=label,
-            x_label="steps",
-            x_top=end,
-            y_top=top if top > 0 else 1.0,
-            dots=len(line.points) == 1,
-            marks=borders,
-        )
+        x, y = Axis("steps", end, whole=True), Axis("loss", top if top > 0 else 1.0)
+        chart = line_chart([line], f"Training loss of {name}", x, y, dots=len(line.points) == 1, marks=borders)
         charts.append(f"<figure><h3>{escape(name)}</h3>{chart}</figure>")
     return (
         "<h2>Losses in training</h2>\n"

@@ -30,6 +30,8 @@ from folklora.adapters.host.aside import others_aside
 from folklora.adapters.host.layer import layers_of
 from folklora.prompts import prompts_of
 from folklora.stream.files import read_json, replace_folder, write_json
+from folklora.stream.memory import unpack
+from folklora.stream.tasks import Example
 
 
 class RunError(ValueError):
@@ -82,6 +84,10 @@ class Run:
     def state_folder(self, method: str, count: int) -> Path:
         """Where a method's state after `count` stages belongs."""
         return self.path / method / f"task-{count:03d}"
+
+    def kept(self, method: str) -> list[Example]:
+        """The examples of old tasks that a method keeps after its last finished task."""
+        return unpack(self._carried(method))
 
     def finished(self, method: str) -> int:
         """How many stages of a method are whole on disk."""
@@ -160,13 +166,15 @@ class Run:
             RunError: A file is missing, or is not what it should be.
             ValueError: An adapter does not fit the model.
         """
-        folder = self.state_folder(method, self.finished(method))
-        file = folder / "carried.safetensors"
+        carried = self._carried(method)
+        return load_adapters(model, self.state_folder(method, self.finished(method)) / "adapters"), carried
+
+    def _carried(self, method: str) -> dict[str, Tensor]:
+        file = self.state_folder(method, self.finished(method)) / "carried.safetensors"
         try:
-            carried = load_file(file) if file.is_file() else {}
+            return load_file(file) if file.is_file() else {}
         except SafetensorError as error:
             raise RunError(f"{file} is not in safetensors format, or is damaged: {error}") from error
-        return load_adapters(model, folder / "adapters"), carried
 
 
 def create_run(path: str | Path, request: dict[str, Any], *, resume: bool, overwrite: bool) -> Run:
@@ -290,15 +298,23 @@ def _check_readable(file: Path) -> None:
         raise RunError(f"{file} is not in safetensors format, or is damaged: {error}") from error
 
 
-def stored_parameters(model: PeftModel) -> int:
-    """How many numbers the model's adapters hold, frozen parts included; of PEFT's adapters, how many are saved."""
-    own = [*(layer.folklora_updates for layer in layers_of(model)), *prompts_of(model).values()]
-    if own:
-        return sum(p.numel() for u in own for key, p in u.named_parameters() if not key.endswith("base_sample"))
-    saved = (
-        get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False) for name in model.peft_config
-    )
-    return sum(value.numel() for values in saved for value in values.values())
+def stored_tensors(model: PeftModel) -> list[Tensor]:
+    """What the files of the model's adapters hold, frozen parts included, but the samples of the base's weights."""
+    updates = [update for layer in layers_of(model) for update in layer.folklora_updates.values()]
+    prompts = prompts_of(model).values()
+    if not updates and not prompts:
+        saved = (
+            get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+            for name in model.peft_config
+        )
+        return [value for values in saved for value in values.values()]
+    found = {}
+    for part in (*updates, *prompts):
+        left_out = {"base_sample", *getattr(part, "unsaved", ())}
+        found |= {id(value): value for name, value in part.state_dict(keep_vars=True).items() if name not in left_out}
+        found |= {id(p): p for p in (getattr(part, "shared", None) or {}).values()}
+    whole = [m.modules_to_save for m in model.modules() if isinstance(m, ModulesToSaveWrapper)]
+    return [*found.values(), *(p for module in whole for p in module.parameters())]
 
 
 def unload(model: PeftModel) -> PreTrainedModel:
