@@ -136,8 +136,9 @@ class VLAdapter(AdapterConfig):
         for name in ("reduction_factor", "hypercomplex_division", "embedding_size", "hyper_hidden", "projected_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if any(size is not None and size < 1 for size in (self.factor_rank, self.bottleneck_size)):
-            raise ValueError("factor_rank and bottleneck_size must be at least 1 or None")
+        for name in ("factor_rank", "bottleneck_size"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1 or None, not {getattr(self, name)}")
         if self.z_penalty < 0:
             raise ValueError(f"z_penalty must be at least 0, not {self.z_penalty}")
 
