@@ -41,8 +41,9 @@ class ScaLearn(OverSources):
     any Folklora adapter that has factors). Of bottlenecks (the paper's: `VLAdapter(activation="relu",
     reduction_factor=16, start="normal")` on the outputs of feed-forward layers),
         o_t = W_u,t f(W_d,t y + b_d,t) + b_u,t
-    As o_t is linear in W_u, the layer computes all of them as one wide bottleneck, and `fold` keeps it as one. Of
-    LoRAs, o_t = s_t B_t A_t x, and the whole is ΔW = Σ_t diag(ω_t) s_t B_t A_t, which merges and exports.
+    As o_t is linear in W_u, the layer computes all of them as one wide bottleneck, and `folklora.adapters.scalearn.fold`
+    keeps it as one. Of LoRAs, o_t = s_t B_t A_t x, and the whole is ΔW = Σ_t diag(ω_t) s_t B_t A_t, which merges and
+    exports.
     A source counts as 0 on a layer that it does not adapt. A saved adapter holds ω, the folders' names as they were
     given and the length of each source, and reads the sources again. What a source trained in full (its head) is not
     composed. The start is not the base: it is about twice the mean of the sources.

@@ -7,7 +7,7 @@ import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -157,14 +157,14 @@ class Sources:
         return {**values, "lengths": torch.stack(squares).sqrt()}
 
     def _check_bases(self, bases: dict[str, tuple[Kind, nn.Module]]) -> None:
-        for name, adapter in self.adapters.items():
-            for layer in adapter.layers & bases.keys():
-                kind, base = bases[layer]
-                key = f"{ROOT}{layer}{_SAMPLE}"
-                if key not in adapter.tensors.places or not kind.has_matrix or base.weight.is_meta:
-                    continue
-                own, sample = evenly_spaced(kind.matrix(base)), adapter.tensors.read(key)
-                if own.shape != sample.shape or not same_sample(own, sample, is_quantised_weight(base.weight)):
+        for layer in sorted(bases.keys() & set(self.layers())):
+            (kind, base), key = bases[layer], f"{ROOT}{layer}{_SAMPLE}"
+            found = {name: own.tensors.read(key) for name, own in self.adapters.items() if key in own.tensors.places}
+            if not found or not kind.has_matrix or base.weight.is_meta:
+                continue
+            own, quantised = evenly_spaced(kind.matrix(base)), is_quantised_weight(base.weight)
+            for name, sample in found.items():
+                if own.shape != sample.shape or not same_sample(own, sample, quantised):
                     raise ValueError(f"source '{name}' was made for another base model's weights (layer '{layer}')")
 
 
@@ -271,7 +271,7 @@ class Branches(nn.Module):
         Raises:
             ValueError: They are not the adapters of the training.
         """
-        values: dict[str, Any] = self.bank.values(self.layer, self.shape)
+        values = self.bank.values(self.layer, self.shape)
         lengths, known = values.pop("lengths"), saved["branches.lengths"].detach().cpu().float()
         if not torch.allclose(lengths, known, rtol=SAME):
             raise ValueError(
