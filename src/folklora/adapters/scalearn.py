@@ -35,15 +35,16 @@ class ScaLearn(OverSources):
         ScaLearnUniform++      both: one ω [N, 1]                    N
     In training, entries of ω are dropped with probability 0.3 and the others divided by 0.7 (0 in Uniform++, where each
     entry is a whole task in all layers). The optional regulariser is λ/N Σ_t (1 - mean_d ω_t)², summed over layers. The
-    paper trains with AdamW, lr 6e-3, linear decay.
+    paper trains with AdamW, lr 6e-3, linear decay, for up to 30 epochs. Where steps are few, take a larger rate: AdamW
+    moves each number by at most about the rate a step, and these have to move by about 1.
 
     Sources are saved adapters, either all `VLAdapter`s with one adapter of one task a site, or all LoRAs (PEFT's, or
     any Folklora adapter that has factors). Of bottlenecks (the paper's: `VLAdapter(activation="relu",
     reduction_factor=16, start="normal")` on the outputs of feed-forward layers),
         o_t = W_u,t f(W_d,t y + b_d,t) + b_u,t
-    As o_t is linear in W_u, the layer computes all of them as one wide bottleneck, and `folklora.adapters.scalearn.fold`
-    keeps it as one. Of LoRAs, o_t = s_t B_t A_t x, and the whole is ΔW = Σ_t diag(ω_t) s_t B_t A_t, which merges and
-    exports.
+    As o_t is linear in W_u, the layer computes all of them as one wide bottleneck, and
+    `folklora.adapters.scalearn.fold` keeps it as one. Of LoRAs, o_t = s_t B_t A_t x, and the whole is
+    ΔW = Σ_t diag(ω_t) s_t B_t A_t, which merges and exports.
     A source counts as 0 on a layer that it does not adapt. A saved adapter holds ω, the folders' names as they were
     given and the length of each source, and reads the sources again. What a source trained in full (its head) is not
     composed. The start is not the base: it is about twice the mean of the sources.
