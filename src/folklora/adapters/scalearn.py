@@ -85,7 +85,8 @@ class ScaLearn(OverSources):
         uniform: One number a source, in the place of one for each output.
         share_layers: One ω for all layers; unless `uniform`, these must have equally many outputs.
         init: Mean of ω at the start; None takes 2/N.
-        coefficient_dropout: Probability of dropping an entry of ω in training; None takes 0.3, or 0 in Uniform++.
+        coefficient_dropout: Probability of dropping an entry of ω in training; None takes 0.3, or 0 in Uniform++. With
+            few sources or steps, try 0.
         regularization: λ; the authors have 0.1 or 0.01 where they have any. For ω of each layer's own.
     """
 
