@@ -3,6 +3,17 @@
 from __future__ import annotations
 
 _REASONS: dict[str, dict[str, str]] = {
+    "adapterfusion": {
+        "attention": "it stands behind a layer's output, which torch's attention keeps inside",
+        "convolution": "its source adapters stand behind linear layers",
+        "dropout": "its source adapters stay as they were trained",
+        "embedding": "its source adapters stand behind linear layers",
+        "export": "each token has a mixture of its own, and a LoRA is the same for every input",
+        "merge": "each token has a mixture of its own, so no weight equals it",
+        "start_at_base": "its start is a mixture of the source adapters, as in the paper",
+        "unmerge": "each token has a mixture of its own, so no weight equals it",
+        "weighted": "each token has a mixture of its own, so it is no matrix to be summed",
+    },
     "am-lora": {
         "attention": "its attention reads each layer's input, which torch's keeps inside",
         "convolution": "its attention over adapters is defined on what enters a linear layer",
@@ -80,6 +91,17 @@ _REASONS: dict[str, dict[str, str]] = {
     "randlora": {
         "attention": "its layers share their random bases, and a module of several weights has no room for them",
         "base_values": "what its layers share lies at the model's root, where PEFT looks for no adapter's values",
+    },
+    "scalearn": {
+        "attention": "it stands behind a layer's output, which torch's attention keeps inside",
+        "convolution": "its source adapters stand behind linear layers",
+        "dropout": "its source adapters stay as they were trained",
+        "embedding": "its source adapters stand behind linear layers",
+        "export": "bottlenecks are no linear function, as a LoRA would be (over LoRAs, it exports)",
+        "merge": "bottlenecks are no linear function, so no weight equals them (over LoRAs, it merges)",
+        "start_at_base": "its start is a mixture of the source adapters, as in the paper",
+        "unmerge": "bottlenecks are no linear function, so no weight equals them (over LoRAs, it merges)",
+        "weighted": "bottlenecks are no linear function, so no matrix to be summed (over LoRAs, it is one)",
     },
     "smora": {
         "attention": "its router reads each layer's input, which torch's attention keeps inside",

@@ -14,6 +14,7 @@ from folklora import (
     OSFT,
     SALT,
     SORSA,
+    AdapterFusion,
     AMLoRA,
     CoDyRA,
     CorDA,
@@ -26,6 +27,7 @@ from folklora import (
     LoRAXS,
     PiSSA,
     RandLoRA,
+    ScaLearn,
     SMoRA,
     SVFit,
     ViDA,
@@ -42,6 +44,7 @@ METHODS = {method.name: method.factory for method in methods("adapters")}
 
 # options that change what a method computes or holds; every method's defaults are checked without being listed
 VARIANTS = {
+    "adapterfusion without values": AdapterFusion(fusion="static", start_temperature=50, target_modules=TARGETS),
     "am-lora of three tasks": AMLoRA(r=3, tasks=3, granularity="sequence", sparsity=0.1, target_modules=TARGETS),
     "am-lora of all gates": AMLoRA(
         r=3,
@@ -120,6 +123,10 @@ VARIANTS = {
     ),
     "salt without relu": SALT(r=3, top=4, relu="none", penalty_weight=0.1, save_vectors=True, target_modules=TARGETS),
     "salt with a positive diagonal": SALT(r=3, top_ratio=0.5, relu="diag", target_modules="all-linear"),
+    "scalearn with a regulariser": ScaLearn(regularization=0.1, coefficient_dropout=0.0, target_modules="all-linear"),
+    "scalearn++": ScaLearn(share_layers=True, target_modules=["o_proj", "down_proj"]),
+    "scalearn uniform": ScaLearn(uniform=True, init=0.3, target_modules=TARGETS),
+    "scalearn uniform++": ScaLearn(uniform=True, share_layers=True, target_modules=TARGETS),
     "smora in blocks": SMoRA(
         r=12,
         k=4,

@@ -1,5 +1,6 @@
 """Adapters: one file a method, all carried by the host in `folklora.adapters.host`."""
 
+from folklora.adapters.adapterfusion import AdapterFusion
 from folklora.adapters.am_lora import AMLoRA
 from folklora.adapters.atlas import ATLAS
 from folklora.adapters.base import AdapterConfig, Update
@@ -18,6 +19,7 @@ from folklora.adapters.osft import OSFT
 from folklora.adapters.pissa import PiSSA
 from folklora.adapters.randlora import RandLoRA
 from folklora.adapters.salt import SALT
+from folklora.adapters.scalearn import ScaLearn
 from folklora.adapters.smora import SMoRA
 from folklora.adapters.soma import SoMA
 from folklora.adapters.sorsa import SORSA
@@ -34,6 +36,7 @@ __all__ = [
     "SORSA",
     "AMLoRA",
     "AdapterConfig",
+    "AdapterFusion",
     "CoDyRA",
     "CorDA",
     "DiffoRA",
@@ -47,6 +50,7 @@ __all__ = [
     "RandLoRA",
     "SMoRA",
     "SVFit",
+    "ScaLearn",
     "SoMA",
     "Update",
     "VLAdapter",

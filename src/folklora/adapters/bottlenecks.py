@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+ACTIVATIONS = {"gelu": functools.partial(F.gelu, approximate="tanh"), "relu": F.relu}
+"""What may stand between the two projections of an adapter."""
 
 
 class Dense(nn.Module):
@@ -67,9 +71,14 @@ class Kronecker(nn.Module):
         W = self.W[0] if len(self.W) == 1 else self.W[0] @ self.W[1]
         return torch.einsum("iap,ibq->abpq", self.C, W).flatten(2).flatten(0, 1)
 
+    @property
+    def weight(self) -> Tensor:
+        """Hᵀ [out, in]."""
+        return self.matrix().T
+
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
-        return F.linear(x, self.matrix().T.to(x.dtype), self.bias.to(x.dtype))
+        return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
 
     @staticmethod
     def count(columns: int, out: int, n: int, rank: int | None) -> int:

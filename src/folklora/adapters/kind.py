@@ -15,21 +15,11 @@ from torch import Tensor, nn
 
 from folklora.adapters.base import AdapterConfig, Update, kaiming_uniform, zeros
 from folklora.adapters.host.layer import FolkloraLayer, updates_of
-from folklora.adapters.host.saved import add_with_values
+from folklora.adapters.host.saved import add_with_values, placement
 from folklora.adapters.lora import LoRA
 from folklora.factored import Factors, concatenate
 from folklora.spectrum import orthonormality_error, top
 
-_PLACEMENT = (
-    "target_modules",
-    "exclude_modules",
-    "layers_to_transform",
-    "layers_pattern",
-    "modules_to_save",
-    "task_type",
-    "base_model_name_or_path",
-    "revision",
-)
 NO_CLASS = -1
 """The label of a row that belongs to no class: it gets the shared components alone."""
 
@@ -391,5 +381,4 @@ def _as_lora(factors: Factors) -> dict[str, Tensor]:
 def _lora(config: KIND, ranks: dict[str, int]) -> LoRA:
     common = max(ranks.values(), key=list(ranks.values()).count)
     others = {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != common}
-    kept = {key: getattr(config, key) for key in _PLACEMENT}
-    return LoRA(r=common, alpha=common, rank_pattern=others, alpha_pattern=dict(others), **kept)
+    return LoRA(r=common, alpha=common, rank_pattern=others, alpha_pattern=dict(others), **placement(config))

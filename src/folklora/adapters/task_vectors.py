@@ -17,14 +17,14 @@ from peft.utils.other import get_pattern_key
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from folklora.adapters.base import AdapterConfig
+from folklora.adapters.base import AdapterConfig, Update
 from folklora.adapters.host.kinds import Kind, kind_of
 from folklora.adapters.host.targets import bare
 from folklora.factored import Factors
 from folklora.stream.files import read_json
 
-_ROOT = "base_model.model."
-_ADAPTER, _CHECKPOINT = "adapter_model.safetensors", "model.safetensors"
+ROOT = "base_model.model."
+ADAPTER, _CHECKPOINT = "adapter_model.safetensors", "model.safetensors"
 
 
 class Tensors:
@@ -110,7 +110,7 @@ class AdapterSource(Source):
     def __init__(self, tensors: Tensors, config: PeftConfig) -> None:
         self.tensors, self.config = tensors, config
         named = (name.partition(self.mark) for name in tensors.places)
-        self.layers = {layer.removeprefix(_ROOT) for layer, found, _ in named if found}
+        self.layers = {layer.removeprefix(ROOT) for layer, found, _ in named if found}
         others = [name for name in tensors.places if self._is_other(name)]
         if others:
             raise ValueError(
@@ -158,7 +158,7 @@ class LoRASource(AdapterSource):
         return ".lora_" in name and not name.endswith((".lora_A.weight", ".lora_B.weight"))
 
     def _factors(self, layer: str, shape: tuple[int, int]) -> Factors:
-        A, B = (self.tensors.read(f"{_ROOT}{layer}.lora_{side}.weight") for side in "AB")
+        A, B = (self.tensors.read(f"{ROOT}{layer}.lora_{side}.weight") for side in "AB")
         config, pattern = self.config, self.config.alpha_pattern
         alpha = pattern.get(get_pattern_key(pattern, layer), config.lora_alpha)
         return Factors(A, AdapterConfig.scaling(alpha, len(A), config.use_rslora), B)
@@ -180,11 +180,7 @@ class FolkloraSource(AdapterSource):
                 f"a {self.config.method} adapter's file does not hold its factors; write it as a LoRA with "
                 "folklora.export_lora, or merge it into a checkpoint, and name that"
             )
-        for name, _ in list(update.named_parameters()):
-            owner, _, leaf = name.rpartition(".")
-            value = self.tensors.read(f"{_ROOT}{layer}.folklora_updates.{name}")
-            setattr(update.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
-        return update.factors()
+        return filled(update, self.tensors, layer).factors()
 
 
 class TaskVectors:
@@ -200,18 +196,9 @@ class TaskVectors:
     """
 
     def __init__(self, folders: Mapping[str, str], model: nn.Module) -> None:
-        lacking = [f"  {name}: {folder}" for name, folder in folders.items() if not _files(Path(folder))]
-        if lacking:
-            raise FileNotFoundError(
-                "\n".join([f"no {_ADAPTER} and no {_CHECKPOINT} for these task vectors:", *lacking])
-            )
-        self.sources = {name: _source(name, Path(folder)) for name, folder in folders.items()}
-        self.kinds: dict[str, Kind] = {}
-        for name, module in model.named_modules():
-            try:
-                self.kinds[name] = kind_of(bare(module), name)
-            except TypeError:
-                continue
+        require_files(folders, "task vectors")
+        self.sources = {name: source_of(name, Path(folder)) for name, folder in folders.items()}
+        self.kinds = {name: kind for name, (kind, _) in layers_by_name(model).items()}
 
     @property
     def all_factors(self) -> bool:
@@ -241,6 +228,37 @@ class TaskVectors:
         return torch.stack([self.sources[name].dense(layer, weight, self.kinds[layer]) for name in names])
 
 
+def require_files(folders: Mapping[str, str], what: str) -> None:
+    """Refuse folders that hold nothing.
+
+    Raises:
+        FileNotFoundError: A folder holds neither an adapter nor a checkpoint; each is named.
+    """
+    lacking = [f"  {name}: {folder}" for name, folder in folders.items() if not _files(Path(folder))]
+    if lacking:
+        raise FileNotFoundError("\n".join([f"no {ADAPTER} and no {_CHECKPOINT} for these {what}:", *lacking]))
+
+
+def layers_by_name(model: nn.Module) -> dict[str, tuple[Kind, nn.Module]]:
+    """The kind and the base layer of everything in a model that has a weight to adapt."""
+    found = {}
+    for name, module in model.named_modules():
+        try:
+            found[name] = kind_of(bare(module), name), bare(module)
+        except TypeError:
+            continue
+    return found
+
+
+def filled(update: Update, tensors: Tensors, layer: str) -> Update:
+    """An empty update of a layer with the values that are saved for it, frozen."""
+    for name, _ in list(update.named_parameters()):
+        owner, _, leaf = name.rpartition(".")
+        value = tensors.read(f"{ROOT}{layer}.folklora_updates.{name}")
+        setattr(update.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
+    return update
+
+
 def _files(path: Path) -> list[Path]:
     """The safetensors files of a source; none where it is no source."""
     if path.is_file():
@@ -248,12 +266,17 @@ def _files(path: Path) -> list[Path]:
     index = path / f"{_CHECKPOINT}.index.json"
     if index.is_file():
         return [path / name for name in sorted(set(read_json(index)["weight_map"].values()))]
-    return next(([path / name] for name in (_ADAPTER, _CHECKPOINT) if (path / name).is_file()), [])
+    return next(([path / name] for name in (ADAPTER, _CHECKPOINT) if (path / name).is_file()), [])
 
 
-def _source(name: str, path: Path) -> Source:
+def source_of(name: str, path: Path) -> Source:
+    """The task vector in a folder or file.
+
+    Raises:
+        ValueError: It is an adapter without factors.
+    """
     tensors = Tensors(_files(path))
-    if not (path / _ADAPTER).is_file():
+    if not (path / ADAPTER).is_file():
         return CheckpointSource(tensors)
     config = PeftConfig.from_pretrained(str(path))
     if isinstance(config, AdapterConfig):

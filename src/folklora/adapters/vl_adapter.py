@@ -13,7 +13,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from folklora.adapters.base import AdapterConfig, Update
-from folklora.adapters.bottlenecks import Dense, Generated, Kronecker
+from folklora.adapters.bottlenecks import ACTIVATIONS, Dense, Generated, Kronecker
 from folklora.adapters.host.blocks import block_of
 from folklora.adapters.host.layer import layers_of
 from folklora.adapters.vision import VisualEmbedding
@@ -22,6 +22,7 @@ _CHOICES = {
     "form": ("adapter", "compacter", "hyperformer"),
     "sharing": ("single", "multiple", "down", "up"),
     "start": ("zero", "normal", "linear"),
+    "activation": tuple(ACTIVATIONS),
 }
 _SITES = ("out_proj", "fc2", "SelfAttention.o", "EncDecAttention.o", "wo")
 _CROSS = re.compile(r"encoder_attn|encdecattention|cross_?att", re.IGNORECASE)
@@ -44,6 +45,9 @@ class VLAdapter(AdapterConfig):
     task of which all hold the same W_d, b_d (or W_u, b_u). Except with "single" or one task, `folklora.use_task(model,
     "vqa")` says which task a batch is of. Sites never share with one another except in Hyperformer.
     2 d (d/ρ) + d/ρ + d trained parameters a site and adapter.
+    On the outputs of any model's feed-forward layers, `activation="relu"`, `reduction_factor=16`, `start="normal"` is
+    Pfeiffer et al.'s adapter, but that theirs reads y after the block's residual and norm: the first stage of
+    `AdapterFusion` and `ScaLearn`, which compose adapters of one site and task (not Hyperformers).
 
     Images: `folklora.VisionLanguageModel` puts projected image features behind the text in the encoder; its visual
     embedding is trained in full and saved beside the adapter (`modules_to_save`), as the layer norms are with
@@ -55,8 +59,8 @@ class VLAdapter(AdapterConfig):
     sharded by FSDP2, whose blocks each hold their own parameters.
 
     Source: Sung, Cho, Bansal, "VL-Adapter: Parameter-Efficient Transfer Learning for Vision-and-Language Tasks", CVPR
-    2022, arXiv 2112.06825; Houlsby et al. 2019, arXiv 1902.00751 (adapter); Karimi Mahabadi et al. 2021, arXiv
-    2106.04647 (Compacter) and arXiv 2106.04489 (Hyperformer).
+    2022, arXiv 2112.06825; Houlsby et al. 2019, arXiv 1902.00751, and Pfeiffer et al. 2021, arXiv 2005.00247 (adapter);
+    Karimi Mahabadi et al. 2021, arXiv 2106.04647 (Compacter) and arXiv 2106.04489 (Hyperformer).
 
     When to choose:
         One frozen generator must serve several tasks on images, or a nonlinear adapter is wanted. The single form is
@@ -84,6 +88,8 @@ class VLAdapter(AdapterConfig):
         sharing: "single", "multiple", "down" or "up".
         tasks: Names of the tasks.
         reduction_factor: ρ.
+        bottleneck_size: Inner width, in the place of d/ρ; None takes that.
+        activation: "gelu" or "relu".
         start: "zero", "normal" or "linear".
         hypercomplex_division: n of Compacter; divides d and d/ρ.
         factor_rank: Rank of Compacter's W_i; None trains them in full.
@@ -99,6 +105,8 @@ class VLAdapter(AdapterConfig):
     sharing: Literal["single", "multiple", "down", "up"] = "single"
     tasks: list[str] = field(default_factory=lambda: ["default"])
     reduction_factor: int = 8
+    bottleneck_size: int | None = None
+    activation: Literal["gelu", "relu"] = "gelu"
     start: Literal["zero", "normal", "linear"] = "zero"
     hypercomplex_division: int = 2
     factor_rank: int | None = None
@@ -128,8 +136,11 @@ class VLAdapter(AdapterConfig):
         for name in ("reduction_factor", "hypercomplex_division", "embedding_size", "hyper_hidden", "projected_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if (self.factor_rank is not None and self.factor_rank < 1) or self.z_penalty < 0:
-            raise ValueError("factor_rank must be at least 1 or None, and z_penalty at least 0")
+        for name in ("factor_rank", "bottleneck_size"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1 or None, not {getattr(self, name)}")
+        if self.z_penalty < 0:
+            raise ValueError(f"z_penalty must be at least 0, not {self.z_penalty}")
 
     def fit(self, model: nn.Module) -> None:
         """Choose the sites where none are named; train visual embeddings, and norms where asked for, in full."""
@@ -148,7 +159,7 @@ class VLAdapter(AdapterConfig):
     def check(self, shape: tuple[int, int], name: str) -> list[str]:
         """The width must be large enough for ρ and divide as Compacter needs it; a Hyperformer needs blocks."""
         width, n = shape[0], self.hypercomplex_division
-        if width < self.reduction_factor:
+        if not self.bottleneck(shape):
             return [f"reduction_factor {self.reduction_factor} is above {width}, the outputs of layer '{name}'"]
         if self.form == "compacter" and (width % n or self.bottleneck(shape) % n):
             return [
@@ -202,8 +213,8 @@ class VLAdapter(AdapterConfig):
         )
 
     def bottleneck(self, shape: tuple[int, int]) -> int:
-        """d/ρ of a site whose weight is of `shape` (d, in)."""
-        return shape[0] // self.reduction_factor
+        """The inner width at a site whose weight is of `shape` (d, in)."""
+        return self.bottleneck_size or shape[0] // self.reduction_factor
 
     def copies(self, side: str) -> int:
         """How many projections "down" or "up" a site holds."""
@@ -276,15 +287,16 @@ class VLAdapterUpdate(Update):
         return self.down[number % len(self.down)], self.up[number % len(self.up)]
 
     def function(self, x: Tensor, y: Tensor, mask: Tensor | None = None) -> Tensor:
-        """W_u gelu(W_d y + b_d) + b_u."""
+        """W_u gelu(W_d y + b_d) + b_u, or with relu."""
+        activation = ACTIVATIONS[self.config.activation]
         if self.config.form == "hyperformer":
             made = self.network.weights(self._task(), self.block, self.kind)
             made = {name: value.to(y.dtype) for name, value in made.items()}
-            z = F.gelu(F.linear(y, made["down"], made["down_bias"]), approximate="tanh")
+            z = activation(F.linear(y, made["down"], made["down_bias"]))
             added = F.linear(z, made["up"], made["up_bias"])
         else:
             down, up = self.adapter()
-            z = F.gelu(down(y), approximate="tanh")
+            z = activation(down(y))
             added = up(z)
         if self.training and self.config.z_penalty > 0:
             self._penalty = self.config.z_penalty * z.float().square().mean()

@@ -14,8 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from folklora.adapters.base import PEFT_TYPE
 from folklora.adapters.host.combine import check_combination, weighted_sum
-from folklora.adapters.host.kinds import kind_of
-from folklora.adapters.host.layer import SAME, SMALLEST, evenly_spaced
+from folklora.adapters.host.kinds import SAME, SMALLEST, evenly_spaced, kind_of
 from folklora.factored import Factors
 from folklora.merge.engine.models import Architecture
 from folklora.merge.engine.tasks import task_parts

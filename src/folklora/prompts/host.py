@@ -24,8 +24,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from folklora.adapters.host.call import remove_hooks
-from folklora.adapters.host.kinds import evenly_spaced
-from folklora.adapters.host.layer import SAME, SMALLEST
+from folklora.adapters.host.kinds import SAME, SMALLEST, evenly_spaced
 from folklora.prompts.base import PROMPT_TYPE, Prompt, PromptConfig
 from folklora.prompts.places import extended_mask, extended_positions, extended_rows
 from folklora.prompts.question import frozen_pass, mean_of, question_mask

@@ -16,6 +16,10 @@ from transformers.pytorch_utils import Conv1D
 from folklora.factored import Factors, SharedInput, factored_linear, factored_update
 
 SAMPLES = 32
+# values that went through bfloat16 once differ by at most half a unit in the last of its 8 bits; those that went
+# through float16 may besides have lost half of its smallest number
+SAME, SMALLEST = 2.0**-7, 2.0**-24
+_QUANTISED_COSINE = 0.9
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "out_proj.weight")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -305,3 +309,11 @@ def evenly_spaced(weight: Tensor) -> Tensor:
     flat = weight.reshape(-1)
     step = max(1, flat.numel() // SAMPLES)
     return flat[::step][:SAMPLES].float().clone()
+
+
+def same_sample(own: Tensor, sample: Tensor, quantised: bool) -> bool:
+    """Whether two samples are of one base weight, up to one rounding (of a quantised one: point the same way)."""
+    own, sample = own.cpu(), sample.detach().float().cpu()
+    if quantised:
+        return bool(F.cosine_similarity(own, sample, dim=0) > _QUANTISED_COSINE)
+    return torch.allclose(own, sample, rtol=SAME, atol=SMALLEST)

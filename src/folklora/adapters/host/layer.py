@@ -17,15 +17,11 @@ from torch import Tensor, nn
 from folklora.adapters.base import AdapterConfig, Update, zeros
 from folklora.adapters.host.call import CallContext
 from folklora.adapters.host.dense import forward_with_dense
-from folklora.adapters.host.kinds import evenly_spaced, is_quantised_weight, kind_of
+from folklora.adapters.host.kinds import evenly_spaced, is_quantised_weight, kind_of, same_sample
 from folklora.adapters.host.merge import merge, unmerge, with_added
 from folklora.adapters.host.siblings import Offer, offered, share
 from folklora.factored import Factors, concatenate
 
-# values that went through bfloat16 once differ by at most half a unit in the last of its 8 bits; those that went
-# through float16 may besides have lost half of its smallest number
-SAME, SMALLEST = 2.0**-7, 2.0**-24
-_QUANTISED_COSINE = 0.9
 # by order of creation, so that all processes gather sharded parameters in one order
 LIVE_LAYERS: weakref.WeakValueDictionary[int, FolkloraLayer] = weakref.WeakValueDictionary()
 _serial = itertools.count()
@@ -133,10 +129,7 @@ class FolkloraLayer(nn.Module, BaseTunerLayer):
         """Whether a saved sample is of this base, up to one rounding (on a quantised layer: points the same way)."""
         if self.stored_weight().device.type == "meta":
             return True
-        own, sample = self.sample_base().cpu(), sample.detach().float().cpu()
-        if is_quantised_weight(self.stored_weight()):
-            return bool(F.cosine_similarity(own, sample, dim=0) > _QUANTISED_COSINE)
-        return torch.allclose(own, sample, rtol=SAME, atol=SMALLEST)
+        return same_sample(self.sample_base(), sample, is_quantised_weight(self.stored_weight()))
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base layer's output plus every active update's."""

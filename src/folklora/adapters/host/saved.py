@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from peft import PeftModel
 from peft.utils.other import ModulesToSaveWrapper
@@ -12,6 +14,16 @@ from folklora.adapters.host.layer import FolkloraLayer, updates_of
 from folklora.adapters.host.shared import SHARED
 
 _PREFIX = "base_model.model."
+_PLACEMENT = (
+    "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "modules_to_save",
+    "task_type",
+    "base_model_name_or_path",
+    "revision",
+)
 
 
 def check_saved_values(model: nn.Module, adapter_name: str, values: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -61,6 +73,11 @@ def check_saved_values(model: nn.Module, adapter_name: str, values: dict[str, Te
 def _derived(layer: FolkloraLayer, adapter_name: str, prefix: str, values: dict[str, Tensor]) -> dict[str, Tensor]:
     own = {key.removeprefix(prefix): value for key, value in values.items() if key.startswith(prefix)}
     return {prefix + key: value for key, value in layer.derive(adapter_name, own).items()}
+
+
+def placement(config: AdapterConfig) -> dict[str, Any]:
+    """The options that say where an adapter sits, for one that takes its place."""
+    return {key: getattr(config, key) for key in _PLACEMENT}
 
 
 @torch.no_grad()
