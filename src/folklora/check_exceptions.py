@@ -38,6 +38,18 @@ _REASONS: dict[str, dict[str, str]] = {
         "start_at_base": "its start is the masked weight, as in the paper: most entries are left out",
         "weighted": "what it changes of a weight has full rank, and the sum is a LoRA",
     },
+    "factorllm": {
+        "attention": "it cuts feed-forward layers into experts, and has no form for other layers",
+        "convolution": "it cuts feed-forward layers into experts, and has no form for other layers",
+        "dropout": "its authors have none, and the router's input is the layer's own",
+        "embedding": "it cuts feed-forward layers into experts, and has no form for other layers",
+        "export": "its router reads each layer's input, and a LoRA is the same for every input",
+        "merge": "its router chooses experts for each token; folklora.adapters.factorllm.to_dense joins them all",
+        "plain_module": "it cuts feed-forward layers into experts, and has no form for other layers",
+        "start_at_base": "with fewer experts than all it is another function, as in the paper; top_k=experts is the base",
+        "unmerge": "its router chooses experts for each token; folklora.adapters.factorllm.to_dense joins them all",
+        "weighted": "its router reads each layer's input, so its update is no matrix to be summed",
+    },
     "generative-adapter": {
         "attention": "its generator reads what enters a layer's block, and adapts linear layers in it",
         "convolution": "its generator makes updates of linear layers",

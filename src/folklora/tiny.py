@@ -104,6 +104,11 @@ def sized(factory: type[AdapterConfig], **options: Any) -> AdapterConfig:
     return factory(**{name: value for name, value in _SIZES.items() if name in known} | options)
 
 
+def targets_of(config: AdapterConfig | type[AdapterConfig]) -> list[str]:
+    """Layers of the tiny Llama that a method adapts: linear ones, or the feed-forward layers where it takes those."""
+    return list(TARGETS) if "linear" in config.layer_kinds else ["mlp"]
+
+
 def adapted(config: AdapterConfig, layers: int = 2, dtype: torch.dtype = torch.float32) -> PeftModel:
     """A fresh tiny Llama with the adapter at its seeded start."""
     model = llama(layers, dtype)
@@ -262,7 +267,7 @@ def change(layer: FolkloraLayer, adapter_name: str = "default") -> Tensor:
 
 def layer_input(layer: FolkloraLayer) -> Tensor:
     """Two rows of five positions: token numbers for an embedding, values for a linear layer."""
-    width = layer.kind.shape(layer.get_base_layer())[1]
+    width = layer.kind.shape(layer.get_base_layer())[-1]
     generator = torch.Generator().manual_seed(3)
     if layer.kind.name == "embedding":
         return torch.randint(width, (2, 5), generator=generator)

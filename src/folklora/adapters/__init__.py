@@ -7,6 +7,7 @@ from folklora.adapters.codyra import CoDyRA
 from folklora.adapters.corda import CorDA
 from folklora.adapters.diffora import DiffoRA
 from folklora.adapters.exssnet import ExSSNeT
+from folklora.adapters.factorllm import FactorLLM
 from folklora.adapters.generative_adapter import GenerativeAdapter
 from folklora.adapters.kasa import KaSA
 from folklora.adapters.kind import KIND
@@ -38,6 +39,7 @@ __all__ = [
     "CorDA",
     "DiffoRA",
     "ExSSNeT",
+    "FactorLLM",
     "GenerativeAdapter",
     "KaSA",
     "LoRA",
