@@ -46,7 +46,7 @@ _REASONS: dict[str, dict[str, str]] = {
         "export": "its router reads each layer's input, and a LoRA is the same for every input",
         "merge": "its router chooses experts for each token; folklora.adapters.factorllm.to_dense joins them all",
         "plain_module": "it cuts feed-forward layers into experts, and has no form for other layers",
-        "start_at_base": "with fewer experts than all it is another function, as in the paper; top_k=experts is the base",
+        "start_at_base": "with some of its experts it is another function, as in the paper; all of them are the base",
         "unmerge": "its router chooses experts for each token; folklora.adapters.factorllm.to_dense joins them all",
         "weighted": "its router reads each layer's input, so its update is no matrix to be summed",
     },

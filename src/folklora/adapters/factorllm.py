@@ -54,9 +54,9 @@ class FactorLLM(AdapterConfig):
     Where we depart: the released code feeds the routers of training with the teacher's output of the layer before, no
     hidden state of the model, and we with the layer's own input; it trains on L_LM alone, which the router does not
     feel; it averages L_PA over the first row of a batch only, and we over all real tokens; its E/K is rounded down.
-    The loss moves only what it is of: router and label read x without its gradient. For "subset", which the code has
-    and does not use, we compare c Σ F_e with T, the error of y, and the code Σ F_e.
-    The paper's text permutes the units, its code does not.
+    The paper's text permutes the units, its code does not. L_PA and L_balance have no gradient into x. The labels
+    "subset" are in the code, which does not use them; like it they compare Σ F_e with T, without c (with c = 2 of half
+    the experts, each subset would be as near as the others' sum).
 
     With another partition than "contiguous", and with trained experts, the experts' weights are laid out once for
     evaluation, which takes the memory of the feed-forward layers again.
@@ -95,7 +95,7 @@ class FactorLLM(AdapterConfig):
         top_k: K, the experts of a token; None takes E/2, rounded down.
         partition: Which units make an expert: neighbours ("contiguous"), any ("random"), or those with similar rows of
             W_g (W_u without a gate), clustered into equal sizes ("kmeans").
-        labels: "nearest", or the "subset" of K experts whose scaled sum is nearest to T(x).
+        labels: "nearest", or the "subset" of K experts whose sum is nearest to T(x).
         prior: q of the labels s, the code's "softmax", by which p stays between even and certain, or "uniform", s/K.
         route_weight: Weight of L_PA.
         balance_weight: Weight of L_balance.
@@ -273,9 +273,8 @@ class FactorLLMUpdate(Update):
     def _losses(self, p: Tensor, chosen: Tensor, outputs: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
         config = self.config
         best = nearest if config.labels == "nearest" else nearest_subset
-        s = opened(best(outputs.to(p.dtype), teacher.to(p.dtype), config.active, self.scale), config.experts).to(
-            p.dtype
-        )
+        labels = best(outputs.to(p.dtype), teacher.to(p.dtype), config.active)
+        s = opened(labels, config.experts).to(p.dtype)
         q = s.softmax(-1) if config.prior == "softmax" else s / config.active
         values = config.route_weight * divergence(p, q)
         values = values + config.balance_weight * (opened(chosen, config.experts) * p).mean(-1)
@@ -290,20 +289,20 @@ def opened(chosen: Tensor, experts: int) -> Tensor:
     return torch.zeros(*chosen.shape[:-1], experts, dtype=torch.bool, device=chosen.device).scatter(-1, chosen, True)
 
 
-def nearest(outputs: Tensor, teacher: Tensor, k: int, scale: float) -> Tensor:
+def nearest(outputs: Tensor, teacher: Tensor, k: int) -> Tensor:
     """The K experts [tokens, K] with the smallest mean_d (F_e - T K/E)², of F [tokens, E, d] and T [tokens, d]."""
     errors = (outputs - (k / outputs.shape[1]) * teacher.unsqueeze(1)).square().mean(-1)
     return errors.topk(k, dim=-1, largest=False).indices
 
 
-def nearest_subset(outputs: Tensor, teacher: Tensor, k: int, scale: float) -> Tensor:
-    """The K experts [tokens, K] for which ‖c Σ F_e - T‖ is the smallest of all subsets."""
+def nearest_subset(outputs: Tensor, teacher: Tensor, k: int) -> Tensor:
+    """The K experts [tokens, K] for which ‖Σ F_e - T‖ is the smallest of all subsets."""
     subsets = _subsets(outputs.shape[1], k).to(outputs.device)
     masks = F.one_hot(subsets, outputs.shape[1]).sum(1).to(outputs.dtype)
     products = outputs @ outputs.mT
-    # ‖c Σ F - T‖² less ‖T‖²
+    # ‖Σ F - T‖² less ‖T‖²
     squares = ((products @ masks.T) * masks.T).sum(1)
-    errors = scale**2 * squares - 2 * scale * (outputs @ teacher.unsqueeze(-1)).squeeze(-1) @ masks.T
+    errors = squares - 2 * (outputs @ teacher.unsqueeze(-1)).squeeze(-1) @ masks.T
     return subsets[errors.argmin(-1)]
 
 
@@ -313,7 +312,7 @@ def divergence(p: Tensor, q: Tensor) -> Tensor:
     return (p * (p / q).log()).sum(-1)
 
 
-def to_dense(model: PeftModel, adapter_name: str = "default") -> None:
+def to_dense(model: PeftModel, adapter_name: str = "default") -> nn.Module:
     """Put an adapter's experts together again: the layers are dense ones of the trained experts, and it is gone.
 
     The base's own tensors are left as they were, and others take their place where experts were trained.
@@ -321,6 +320,9 @@ def to_dense(model: PeftModel, adapter_name: str = "default") -> None:
     Args:
         model: The model that carries the adapter.
         adapter_name: The adapter.
+
+    Returns:
+        The model with its other adapters, or the base model where there is no other.
 
     Raises:
         ValueError: The model has no such FactorLLM adapter.
@@ -332,7 +334,10 @@ def to_dense(model: PeftModel, adapter_name: str = "default") -> None:
         layer.admit_loaded([adapter_name])
         if update.experts is not None:
             layer.replace_weights(update.experts.detach())
+    if len(model.peft_config) == 1:
+        return model.unload()
     model.delete_adapter(adapter_name)
+    return model
 
 
 def _grouped(tokens: Tensor, chosen: Tensor, experts: list[FeedForward]) -> Tensor:
