@@ -86,6 +86,17 @@ _REASONS: dict[str, dict[str, str]] = {
         "export": "what it changes of a weight has full rank, and a LoRA would be as large; it merges",
         "weighted": "what it changes of a weight has full rank, and the sum is a LoRA",
     },
+    "mixda": {
+        "attention": "it stands beside a layer, whose input and output torch's attention keeps inside",
+        "convolution": "its adapters read the hidden units of a feed-forward layer",
+        "dropout": "its authors drop what the gate reads alone (gate_dropout)",
+        "embedding": "its adapters read the hidden units of a feed-forward layer",
+        "export": "what it adds is no linear function of the layer's input, as a LoRA would be",
+        "merge": "what it adds is no linear function of the layer's input, so no weight equals it",
+        "start_at_base": "its gate starts even between the layer and the adapters, as in the paper",
+        "unmerge": "what it adds is no linear function of the layer's input, so no weight equals it",
+        "weighted": "what it adds is no linear function of the layer's input, so it is no matrix to be summed",
+    },
     "pissa": {
         "dropout": "it trains components of the weight, and dropout would drop some of the base itself",
     },

@@ -28,7 +28,7 @@ from folklora.adapters.host.steps import activation_penalty
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 ROWS, POSITIONS, VOCABULARY = 4, 6, 61
 CLASSES = [0, 1, 0, -1]
-_SIZES = {"r": 4, "segments": ROWS}
+_SIZES = {"r": 4, "segments": ROWS, "gate_hidden": 16}
 _DECOMPOSITIONS = ("eig", "svd", "qr", "geqrf", "cholesky", "lu_factor", "inv_ex", "lstsq", "solve_ex")
 
 

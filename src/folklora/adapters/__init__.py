@@ -15,6 +15,7 @@ from folklora.adapters.lora import LoRA
 from folklora.adapters.lora_sb import LoRASB
 from folklora.adapters.lora_xs import LoRAXS
 from folklora.adapters.lt_sft import LTSFT
+from folklora.adapters.mixda import MixDA
 from folklora.adapters.osft import OSFT
 from folklora.adapters.pissa import PiSSA
 from folklora.adapters.randlora import RandLoRA
@@ -45,6 +46,7 @@ __all__ = [
     "LoRA",
     "LoRASB",
     "LoRAXS",
+    "MixDA",
     "PiSSA",
     "RandLoRA",
     "SMoRA",
