@@ -9,6 +9,7 @@ from functools import lru_cache
 from typing import Any, ClassVar, Literal
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from peft import PeftModel
 from torch import Tensor, nn
@@ -223,6 +224,9 @@ class FactorLLMUpdate(Update):
             if learns:
                 self._penalty = self._losses(p, chosen, outputs.detach(), self._teacher(tokens, whole, outputs), mask)
             summed = (opened(chosen, config.experts).to(outputs.dtype).unsqueeze(-1) * outputs).sum(1)
+            if learns and dist.is_available() and dist.is_initialized():
+                # sharded data parallelism gathers the gradients of a block when its output's comes
+                summed = summed + 0 * self._penalty.to(summed.dtype)
         elif config.active == config.experts:
             summed = self.changed(whole).sum(tokens)
         else:
