@@ -160,11 +160,11 @@ class MixDA(AdapterConfig):
             ValueError: There are none, or a domain's adapter is of another method, layers, width or base.
             FileNotFoundError: A domain's folder holds no adapter.
         """
-        if self.restoring:
+        if self.target_modules is not None and (self.restoring or not self.domains):
             return
         if self.domains:
             self._fit_to_domains(model)
-        elif self.target_modules is None:
+        else:
             self.target_modules = list(_second_matrices(model, self.layers_to_transform))
             if not self.target_modules:
                 raise ValueError(
@@ -180,12 +180,10 @@ class MixDA(AdapterConfig):
                 said = "; ".join(f"{name}: {options[key]}" for name, options in kept.items())
                 raise ValueError(f"the domains' adapters differ in {key}, and are mixed layer by layer: {said}")
         self.target_modules, self.reduction = first["target_modules"], first["reduction"]
+        modules = {key: bare(module) for key, module in model.named_modules()}
         for name, folder in self.domains.items():
-            modules = {key: bare(module) for key, module in model.named_modules()}
             for layer, sample in _samples(folder).items():
-                base = modules.get(layer)
-                own = None if base is None else evenly_spaced(kind_of(base, layer).matrix(base)).cpu()
-                if own is None or own.shape != sample.shape or not torch.allclose(own, sample, SAME, SMALLEST):
+                if layer not in modules or not _fits(modules[layer], layer, sample):
                     raise ValueError(f"the adapter of domain '{name}' was made for another base model ('{layer}')")
 
     def for_module(self, name: str) -> MixDA:
@@ -313,6 +311,15 @@ def _samples(folder: str) -> dict[str, Tensor]:
     with safe_open(Path(folder) / _VALUES, framework="pt") as file:
         found = {key: file.get_tensor(key) for key in file.keys() if key.endswith(tail)}  # noqa: SIM118
     return {key.removeprefix(head).removesuffix(tail): value.float() for key, value in found.items()}
+
+
+def _fits(base: nn.Module, layer: str, sample: Tensor) -> bool:
+    """Whether a sample is of this base weight; a weight that is not there yet passes."""
+    weight = kind_of(base, layer).matrix(base)
+    if weight.is_meta:
+        return True
+    own = evenly_spaced(weight).cpu()
+    return own.shape == sample.shape and torch.allclose(own, sample, SAME, SMALLEST)
 
 
 def _values(folder: str, layer: str) -> dict[str, Tensor]:
