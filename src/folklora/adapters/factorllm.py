@@ -100,7 +100,8 @@ class FactorLLM(AdapterConfig):
         prior: q of the labels s, the code's "softmax", by which p stays between even and certain, or "uniform", s/K.
         route_weight: Weight of L_PA.
         balance_weight: Weight of L_balance.
-        scale: c; None takes E/K.
+        scale: c; None takes E/K, right on average for experts drawn at random; 1 suits a router, taught by "subset",
+            that leaves out what adds little.
         train_experts: Train the experts as well as the routers.
     """
 
