@@ -305,10 +305,12 @@ def _configuration(config: AdapterConfig | type[AdapterConfig], options: dict[st
     own = isinstance(config, AdapterConfig)
     config = copy.deepcopy(config).changed(**options) if own else tiny.sized(config, **options)
     if config.target_modules is None:
-        config.target_modules = list(tiny.TARGETS)
+        config.target_modules = tiny.targets_of(config)
     return config
 
 
 def _another(config: AdapterConfig) -> AdapterConfig:
     chosen = KaSA if config.method == LoRA.method else LoRA
-    return chosen(r=3, target_modules=["q_proj", "up_proj"])
+    # a feed-forward layer that is computed as a whole leaves no room in it
+    inside = "up_proj" if "linear" in config.layer_kinds else "o_proj"
+    return chosen(r=3, target_modules=["q_proj", inside])

@@ -105,7 +105,7 @@ def check_base_values(config: AdapterConfig) -> None:
 
 
 def _own(config: AdapterConfig, **options: Any) -> AdapterConfig:
-    return tiny.sized(type(config), **{"target_modules": list(tiny.TARGETS), **options})
+    return tiny.sized(type(config), **{"target_modules": tiny.targets_of(config), **options})
 
 
 @torch.no_grad()

@@ -25,7 +25,7 @@ from folklora.tiny_files import source_adapters, task_vectors
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 ROWS, POSITIONS, VOCABULARY = 4, 6, 61
 CLASSES = [0, 1, 0, -1]
-_SIZES = {"r": 4, "segments": ROWS}
+_SIZES = {"r": 4, "segments": ROWS, "gate_hidden": 16}
 _DECOMPOSITIONS = ("eig", "svd", "qr", "geqrf", "cholesky", "lu_factor", "inv_ex", "lstsq", "solve_ex")
 
 
@@ -99,6 +99,11 @@ def sized(factory: type[AdapterConfig], **options: Any) -> AdapterConfig:
     """A configuration with sizes that fit the tiny model and `batch()`, unless `options` say else."""
     known = {field.name for field in dataclasses.fields(factory)}
     return factory(**{name: value for name, value in _SIZES.items() if name in known} | options)
+
+
+def targets_of(config: AdapterConfig | type[AdapterConfig]) -> list[str]:
+    """Layers of the tiny Llama that a method adapts: linear ones, or the feed-forward layers where it takes those."""
+    return list(TARGETS) if "linear" in config.layer_kinds else ["mlp"]
 
 
 def adapted(config: AdapterConfig, layers: int = 2, dtype: torch.dtype = torch.float32) -> PeftModel:
@@ -240,7 +245,7 @@ def change(layer: FolkloraLayer, adapter_name: str = "default") -> Tensor:
 
 def layer_input(layer: FolkloraLayer) -> Tensor:
     """Two rows of five positions: token numbers for an embedding, values for a linear layer."""
-    width = layer.kind.shape(layer.get_base_layer())[1]
+    width = layer.kind.shape(layer.get_base_layer())[-1]
     generator = torch.Generator().manual_seed(3)
     if layer.kind.name == "embedding":
         return torch.randint(width, (2, 5), generator=generator)

@@ -20,11 +20,13 @@ from folklora import (
     CorDA,
     DiffoRA,
     ExSSNeT,
+    FactorLLM,
     GenerativeAdapter,
     KaSA,
     LoRA,
     LoRASB,
     LoRAXS,
+    MixDA,
     PiSSA,
     RandLoRA,
     ScaLearn,
@@ -69,6 +71,9 @@ VARIANTS = {
         selected=["model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj"],
     ),
     "exssnet on embedding and head": ExSSNeT(density=0.5, target_modules=["embed_tokens", "lm_head", "o_proj"]),
+    "factorllm with trained experts": FactorLLM(
+        experts=6, top_k=2, partition="kmeans", labels="subset", prior="uniform", scale=1.0, train_experts=True
+    ),
     "generative-adapter by reconstruction": GenerativeAdapter(
         r=5,
         inter_size=7,
@@ -113,6 +118,7 @@ VARIANTS = {
         r=3, sigma=0.0, alpha=7, dropout=0.3, target_modules=["embed_tokens", "lm_head", "o_proj", "up_proj"]
     ),
     "lt-sft with an l1 term": LTSFT(l1_full=5.0, train_bias=True, target_modules=["embed_tokens", "lm_head", "o_proj"]),
+    "mixda of each token": MixDA(gate="sigmoid", gate_reads="token", gate_hidden=9, gate_layers=1, reduction=4),
     "osft by a share": OSFT(
         unfreeze_rank_ratio=0.6, dropout=0.3, target_modules=["embed_tokens", "lm_head", "k_proj", "o_proj", "up_proj"]
     ),

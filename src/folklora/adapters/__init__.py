@@ -8,6 +8,7 @@ from folklora.adapters.codyra import CoDyRA
 from folklora.adapters.corda import CorDA
 from folklora.adapters.diffora import DiffoRA
 from folklora.adapters.exssnet import ExSSNeT
+from folklora.adapters.factorllm import FactorLLM
 from folklora.adapters.generative_adapter import GenerativeAdapter
 from folklora.adapters.kasa import KaSA
 from folklora.adapters.kind import KIND
@@ -15,6 +16,7 @@ from folklora.adapters.lora import LoRA
 from folklora.adapters.lora_sb import LoRASB
 from folklora.adapters.lora_xs import LoRAXS
 from folklora.adapters.lt_sft import LTSFT
+from folklora.adapters.mixda import MixDA
 from folklora.adapters.osft import OSFT
 from folklora.adapters.pissa import PiSSA
 from folklora.adapters.randlora import RandLoRA
@@ -41,11 +43,13 @@ __all__ = [
     "CorDA",
     "DiffoRA",
     "ExSSNeT",
+    "FactorLLM",
     "GenerativeAdapter",
     "KaSA",
     "LoRA",
     "LoRASB",
     "LoRAXS",
+    "MixDA",
     "PiSSA",
     "RandLoRA",
     "SMoRA",

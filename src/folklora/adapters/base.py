@@ -16,6 +16,7 @@ from peft import PeftConfig
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
+from folklora.adapters.host.feed_forward import FeedForward
 from folklora.adapters.statistics import Statistics, shape_of
 from folklora.factored import Factors
 
@@ -78,6 +79,8 @@ class Update(nn.Module):
     """Whether it reads the hidden states that enter the block its layer is in, `context.blocks[block_of(name)]`."""
     is_dense: ClassVar[bool] = False
     """Whether the update has no factors and gives a change of any rank, `dense(W)`, instead."""
+    activation_reduction: ClassVar[str] = "mean"
+    """How the `activation_penalty` of an adapter's layers become one: their "mean" or "sum"."""
     decomposes: bool = False
     """Whether each forward pass takes a matrix decomposition."""
 
@@ -113,6 +116,16 @@ class Update(nn.Module):
 
         Args:
             weight: W, dequantised, float32 or more.
+        """
+        raise NotImplementedError
+
+    def output(self, x: Tensor, whole: FeedForward, mask: Tensor | None = None) -> Tensor:
+        """The output of a feed-forward layer, for an update of such: computed in the place of the layer's own.
+
+        Args:
+            x: The layer's input [..., d].
+            whole: The frozen layer's matrices and what it computes of them.
+            mask: [batch, positions] with 1 for real tokens, or None where it is not known.
         """
         raise NotImplementedError
 

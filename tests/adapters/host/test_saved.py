@@ -63,7 +63,7 @@ def test_a_saved_folder_holds_the_method_and_no_pickle(folder: Path) -> None:
 @pytest.mark.parametrize("method", methods("adapters"), ids=lambda method: method.name)
 def test_every_option_survives_saving(method: Method, tmp_path: Path) -> None:
     ranks = {"r": 3, "rank_pattern": {"q_proj": 2}} if hasattr(method.factory, "r") else {}
-    config = AdapterConfig(method=method.name, target_modules={"v_proj", "q_proj"}, **ranks)
+    config = AdapterConfig(method=method.name, target_modules=set(tiny.targets_of(method.factory)), **ranks)
     # the very one that the model takes, which fills in what it reads from the model
     config = tiny.calibrated(tiny.llama(), config)
     get_peft_model(tiny.llama(), config).save_pretrained(tmp_path)

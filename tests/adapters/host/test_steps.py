@@ -92,7 +92,8 @@ def balances(rows: Tensor) -> list[Tensor]:
 
 def sharded_methods() -> dict[str, AdapterConfig]:
     """Every installed method, one whose layers share trained parameters, one with penalties, one with after-steps."""
-    every = {method.name: tiny.sized(method.factory, target_modules=tiny.TARGETS) for method in methods("adapters")}
+    factories = [method.factory for method in methods("adapters")]
+    every = {own.method: tiny.sized(own, target_modules=tiny.targets_of(own)) for own in factories}
     every["shared pairs"] = DiffoRA(r=4, target_modules=tiny.TARGETS, selected=["model.layers.0.self_attn.q_proj"])
     return {**every, "penalised": PENALISED, "normed": Normed(r=4, target_modules=tiny.TARGETS)}
 

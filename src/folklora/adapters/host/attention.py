@@ -7,7 +7,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from folklora.adapters.host.experts import ExpertsLayer
-from folklora.adapters.host.kinds import ATTENTION, EXPERTS, Kind, weight_names
+from folklora.adapters.host.feed_forward_layer import FeedForwardLayer
+from folklora.adapters.host.kinds import ATTENTION, EXPERTS, FEED_FORWARD, Kind, weight_names
 from folklora.adapters.host.layer import FolkloraLayer
 from folklora.adapters.host.weights import WeightsLayer
 
@@ -58,6 +59,8 @@ def layer_class(kind: Kind, parent: nn.Module) -> type[FolkloraLayer]:
     """
     if kind is EXPERTS:
         return ExpertsLayer
+    if kind is FEED_FORWARD:
+        return FeedForwardLayer
     if kind is ATTENTION:
         return AttentionLayer
     return EncoderLinear if isinstance(parent, nn.TransformerEncoderLayer) else FolkloraLayer

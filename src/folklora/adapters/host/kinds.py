@@ -13,6 +13,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers.pytorch_utils import Conv1D
 
+from folklora.adapters.host.feed_forward import layout_of, matrix
 from folklora.factored import Factors, SharedInput, factored_linear, factored_update
 
 SAMPLES = 32
@@ -182,12 +183,25 @@ class _SeveralWeights(Kind):
         raise TypeError(f"a {type(base).__name__} has several weights, each with a shape of its own")
 
 
+class _FeedForward(Kind):
+    def shape(self, base: nn.Module) -> tuple[int, int, int]:
+        """(matrices, f, d): three matrices where there is a gate, or two."""
+        layout = layout_of(base)
+        return len(layout.names), *matrix(getattr(base, layout.up)).shape
+
+    def matrix(self, base: nn.Module) -> Tensor:
+        """[matrices, f, d]: W_g if there is a gate, W_u and W_dᵀ."""
+        *up, down = (matrix(getattr(base, name)).detach() for name in layout_of(base).names)
+        return torch.stack([*up, down.T])
+
+
 LINEAR = _Linear("linear")
 TRANSPOSED = _TransposedLinear("linear")
 EMBEDDING = _Embedding("embedding")
 CONVOLUTION = _Convolution("convolution")
 EXPERTS = _SeveralWeights("experts", has_matrix=False)
 ATTENTION = _SeveralWeights("attention", has_matrix=False)
+FEED_FORWARD = _FeedForward("feed-forward", has_matrix=False)
 
 
 def is_plain(base: nn.Module) -> bool:
@@ -233,6 +247,8 @@ def kind_of(base: nn.Module, name: str) -> Kind:
                 f"linear layers with one [out, in], here {list(LINEAR.shape(base))}"
             )
         return LINEAR
+    if layout_of(base) is not None:
+        return FEED_FORWARD
     weights = weight_names(base)
     kind = ATTENTION if is_attention(base) else EXPERTS
     if any(is_quantised_weight(weight_at(base, key)) for key in weights):
@@ -241,7 +257,7 @@ def kind_of(base: nn.Module, name: str) -> Kind:
         return kind
     raise TypeError(
         f"layer '{name}' is a {type(base).__name__}; "
-        "Folklora adapts linear, embedding and convolution layers, torch's attention and experts"
+        "Folklora adapts linear, embedding and convolution layers, feed-forward layers, torch's attention and experts"
     )
 
 

@@ -48,19 +48,19 @@ def penalty(model: nn.Module) -> Tensor:
 
 
 def activation_penalty(model: nn.Module) -> Tensor | None:
-    """The mean over layers of what their updates penalise in the last forward pass, per adapter; None if nothing.
+    """What updates penalise in the last forward pass, the mean (or sum) over an adapter's layers; None if nothing.
 
     The caller adds it to the micro-batch's loss. Each forward pass's penalty can be taken once.
     """
-    by_adapter: dict[str, list[Tensor]] = defaultdict(list)
+    by_adapter: dict[tuple[str, str], list[Tensor]] = defaultdict(list)
     for layer in layers_of(model):
         for name, update in layer.folklora_updates.items():
             value = update.activation_penalty()
             if value is not None:
-                by_adapter[name].append(value)
+                by_adapter[name, update.activation_reduction].append(value)
     if not by_adapter:
         return None
-    return sum(torch.stack(values).mean() for values in by_adapter.values())
+    return sum(getattr(torch.stack(values), reduction)() for (_, reduction), values in by_adapter.items())
 
 
 def _regularised(layer: FolkloraLayer) -> Iterator[tuple[str, Update]]:

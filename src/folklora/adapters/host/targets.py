@@ -6,11 +6,22 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 
-from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
+from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
 from torch import nn
 
 from folklora.adapters.base import AdapterConfig, Update
-from folklora.adapters.host.kinds import LINEAR, TRANSPOSED, Kind, in_attention, kind_of, weight_matrices
+from folklora.adapters.host.feed_forward import feed_forward_problems, layout_of
+from folklora.adapters.host.kinds import (
+    ATTENTION,
+    EXPERTS,
+    FEED_FORWARD,
+    LINEAR,
+    TRANSPOSED,
+    Kind,
+    in_attention,
+    kind_of,
+    weight_matrices,
+)
 from folklora.adapters.host.layer import FolkloraLayer
 from folklora.adapters.host.weights import chosen_weights, is_named, own_weights
 
@@ -21,11 +32,13 @@ def target_problems(config: AdapterConfig, name: str, base: nn.Module) -> list[s
         kind = kind_of(base, name)
     except TypeError as error:
         return [str(error)]
-    if not kind.has_matrix:
+    if kind in (EXPERTS, ATTENTION):
         return _problems_of_several(config, kind, name, base)
     if kind.name not in config.layer_kinds:
         kinds = ", ".join(sorted(config.layer_kinds))
         return [f"{config.method} adapts {kinds} layers; '{name}' is a {type(base).__name__}"]
+    if kind is FEED_FORWARD and (problems := feed_forward_problems(base, name)):
+        return problems
     return config.for_module(name).check(kind.shape(base), name)
 
 
@@ -38,11 +51,30 @@ def all_linear(config: AdapterConfig, model: nn.Module) -> list[str]:
         head = None
     # a part of torch's attention is adapted with the whole
     chosen = {name.rpartition(".")[0] if in_attention(model.get_submodule(name)) else name for name in chosen}
+    computed = tuple(f"{name}." for name, _ in _computed_whole(model))
+    chosen = {name for name in chosen if not (computed and name.startswith(computed))}
     # PEFT knows a layer that is adapted already only by a class name with "Linear" in it
     for name, module in model.named_modules():
         if isinstance(module, FolkloraLayer) and module is not head and module.kind in (LINEAR, TRANSPOSED):
             chosen.add(name)
     return sorted(chosen)
+
+
+def problems_inside(config: AdapterConfig, model: nn.Module) -> list[str]:
+    """A sentence on each target that is a part of a feed-forward layer whose output an adapter computes itself."""
+    return [
+        f"layer '{name}.{part}' is a part of '{name}', whose output an adapter on the model computes by slices of its "
+        f"weights, past that layer: leave it out, or merge {config.method} into it before that adapter is added"
+        for name, layer in _computed_whole(model)
+        for part in layout_of(layer.get_base_layer()).names
+        if check_target_module_exists(config, f"{name}.{part}")
+    ]
+
+
+def _computed_whole(model: nn.Module) -> Iterator[tuple[str, FolkloraLayer]]:
+    for name, module in model.named_modules():
+        if isinstance(module, FolkloraLayer) and module.kind is FEED_FORWARD:
+            yield name, module
 
 
 def bare(module: nn.Module) -> nn.Module:
@@ -100,7 +132,7 @@ def without_match(config: AdapterConfig, model: nn.Module) -> list[str]:
     if isinstance(config.target_modules, list):
         names = [name for name, _ in model.named_modules()]
         lost = [target for target in config.target_modules if not any(is_named(n, [target]) for n in names)]
-        problems += [f"target module '{target}' matches no layer; {_candidates(model)}" for target in lost]
+        problems += [f"target module '{target}' matches no layer; {_candidates(config, model)}" for target in lost]
     known = [f"{name}.{key}" for name, module in model.named_modules() for key in own_weights(module)]
     for target in config.target_parameters or []:
         if not any(is_named(name.replace(".base_layer", ""), [target]) for name in known):
@@ -111,22 +143,25 @@ def without_match(config: AdapterConfig, model: nn.Module) -> list[str]:
 
 def nothing_matched(config: AdapterConfig, model: nn.Module) -> str:
     """What to say where the targets match no layer at all."""
-    return f"target_modules={config.target_modules!r} matches no layer of {type(model).__name__}; {_candidates(model)}"
+    what = f"target_modules={config.target_modules!r} matches no layer of {type(model).__name__}"
+    return f"{what}; {_candidates(config, model)}"
 
 
-def _candidates(model: nn.Module) -> str:
-    names = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if _adaptable(name, module)})
+def _candidates(config: AdapterConfig, model: nn.Module) -> str:
+    names = sorted(
+        {name.rpartition(".")[2] for name, module in model.named_modules() if _adaptable(config, name, module)}
+    )
     return f"layers that can be adapted: {', '.join(names)}"
 
 
-def _adaptable(name: str, module: nn.Module) -> bool:
-    if isinstance(module, FolkloraLayer):
-        return True
+def _adaptable(config: AdapterConfig, name: str, module: nn.Module) -> bool:
     try:
-        kind_of(module, name)
+        kind = kind_of(bare(module), name)
     except TypeError:
         return False
-    return ".base_layer" not in name and name != ""
+    # those of several weights are made of linear ones
+    own = "linear" if kind in (EXPERTS, ATTENTION) else kind.name
+    return own in config.layer_kinds and ".base_layer" not in name and name != ""
 
 
 def check_statistics(config: AdapterConfig, targets: dict[str, nn.Module]) -> None:

@@ -44,11 +44,12 @@ from folklora.adapters.host.targets import (
     check_statistics,
     named_weights,
     nothing_matched,
+    problems_inside,
     target_problems,
     with_chosen_rank,
     without_match,
 )
-from folklora.adapters.host.weights import WeightsLayer, chosen_weights
+from folklora.adapters.host.weights import chosen_weights
 
 
 class FolkloraModel(BaseTuner):
@@ -133,6 +134,7 @@ class FolkloraModel(BaseTuner):
         config = cls._prepare_adapter_config(config, cls.get_model_config(model))
         if isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
             config.target_modules = all_linear(config, model)
+        hidden = problems_inside(config, model)
         found: dict[str, nn.Module] = {}
         inside = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, FolkloraLayer))
         experts = dict(named_weights(config, model))
@@ -143,10 +145,10 @@ class FolkloraModel(BaseTuner):
                 continue
             found[name] = bare(module)
             problems += target_problems(config, name, found[name])
-        if not found and not config.target_parameters:
+        if not (found or hidden or config.target_parameters):
             raise ValueError(nothing_matched(config, model))
-        if problems:
-            raise ValueError("\n".join(problems))
+        if problems or hidden:
+            raise ValueError("\n".join(problems + hidden))
         return found
 
     def _inject_parameters(
@@ -178,7 +180,7 @@ class FolkloraModel(BaseTuner):
         return config
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        if isinstance(child, WeightsLayer):
+        if isinstance(child, FolkloraLayer) and not child.kind.has_matrix:
             # PEFT's own looks for a parameter named weight
             setattr(parent, child_name, new_module)
             return

@@ -74,20 +74,9 @@ class WeightsLayer(FolkloraLayer):
                 f"{what} cannot choose adapters of the {self.kind.name} '{self.name}': every row meets the same "
                 "weights there; run one adapter at a time, or adapt other layers only"
             )
-        self._check_in_place(x)
+        check_in_place(self, x)
         weights = {key: self._adapted(key, names) for key in self._keys(names)}
         return swapped_call(self.base_layer, weights, x, *args, **kwargs)
-
-    def _check_in_place(self, x: Tensor) -> None:
-        # what brings such weights in, just before the module's forward, would put them over the adapted ones
-        weight, what = self.stored_weight(), f"the {self.kind.name} '{self.name}'"
-        if weight.is_meta and not x.is_meta:
-            raise ValueError(f"{what} has offloaded weights; where they are adapted, they must stay in memory")
-        if hasattr(weight, "full_tensor"):
-            raise ValueError(
-                f"{what} has weights that are sharded by themselves; adapted ones can be sharded only with the block "
-                "around them"
-            )
 
     def _keys(self, names: list[str]) -> list[str]:
         return list(dict.fromkeys(key for name in names for key in self.folklora_updates[name].names))
@@ -119,6 +108,22 @@ class WeightsLayer(FolkloraLayer):
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """PEFT's conversion does not know such modules; `export_lora` does."""
         return adapter_name not in self.folklora_updates
+
+
+def check_in_place(layer: FolkloraLayer, x: Tensor) -> None:
+    """Refuse weights that come in just before the base's own forward: there they would lie over the adapted ones.
+
+    Raises:
+        ValueError: They are offloaded, or sharded by themselves.
+    """
+    weight, what = layer.stored_weight(), f"the {layer.kind.name} '{layer.name}'"
+    if weight.is_meta and not x.is_meta:
+        raise ValueError(f"{what} has offloaded weights; where they are adapted, they must stay in memory")
+    if hasattr(weight, "full_tensor"):
+        raise ValueError(
+            f"{what} has weights that are sharded by themselves; adapted ones can be sharded only with the block "
+            "around them"
+        )
 
 
 def own_weights(base: nn.Module) -> list[str]:
