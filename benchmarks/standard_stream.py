@@ -35,6 +35,8 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "per-task": ("per-task", {}),
     "multi-task": ("multi-task", {}),
     "o-lora": ("o-lora", {}),
+    "o-lora, λ 5": ("o-lora", {"lambda_1": 5.0}),
+    "o-lora, λ 50": ("o-lora", {"lambda_1": 50.0}),
     "ewc": ("ewc", {}),
     "lwf": ("lwf", {}),
     "slm": ("slm", {}),
