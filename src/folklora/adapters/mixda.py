@@ -19,7 +19,7 @@ from folklora.adapters.base import AdapterConfig, Update
 from folklora.adapters.bottlenecks import Dense
 from folklora.adapters.host.blocks import block_of
 from folklora.adapters.host.kinds import evenly_spaced, kind_of
-from folklora.adapters.host.layer import SAME, SMALLEST
+from folklora.adapters.host.kinds import SAME, SMALLEST
 from folklora.adapters.host.targets import bare
 from folklora.stream.files import read_json
 
