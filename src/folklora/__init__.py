@@ -23,6 +23,7 @@ from folklora.adapters import (
     LoRAXS,
     PiSSA,
     RandLoRA,
+    Rocket,
     SMoRA,
     SoMA,
     SVFit,
@@ -38,6 +39,7 @@ from folklora.adapters.host import tuner as _tuner
 from folklora.adapters.host.call import classes
 from folklora.adapters.host.export import export_lora
 from folklora.adapters.host.steps import activation_penalty, penalty
+from folklora.adapters.rocket import expert_use
 from folklora.adapters.schedules import anneal_weight_decay, cosine_weight_decay, early_blocks
 from folklora.adapters.statistics import Statistics
 from folklora.adapters.vision import VisionLanguageModel
@@ -89,6 +91,7 @@ __all__ = [
     "LoRAXS",
     "PiSSA",
     "RandLoRA",
+    "Rocket",
     "Run",
     "SMoRA",
     "SVFit",
@@ -111,6 +114,7 @@ __all__ = [
     "concatenate",
     "cosine_weight_decay",
     "early_blocks",
+    "expert_use",
     "export_lora",
     "factored_linear",
     "learn",

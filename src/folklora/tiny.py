@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import functools
-import hashlib
 import tempfile
 from collections import defaultdict
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BartConfig, BartForConditionalGeneration, LlamaConfig, LlamaForCausalLM
@@ -24,6 +20,7 @@ from folklora.adapters.base import AdapterConfig
 from folklora.adapters.calibrate import calibrate
 from folklora.adapters.host.layer import FolkloraLayer, layers_of
 from folklora.adapters.host.steps import activation_penalty
+from folklora.tiny_sources import task_vectors, trained_adapters
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 ROWS, POSITIONS, VOCABULARY = 4, 6, 61
@@ -124,33 +121,14 @@ def calibrated(model: nn.Module, config: AdapterConfig, batches: Sequence[Any] =
     config = copy.deepcopy(config)
     if getattr(config, "vectors", None) == {}:
         config = config.changed(vectors=task_vectors(model))
+    if getattr(config, "sources", None) == {}:
+        config = config.changed(sources=trained_adapters(model, config.target_modules))
     if not config.needs or config.statistics is not None:
         return config
     loss = _mean_square if batches else None
     return config.calibrated(
         calibrate(model, batches or [labelled_batch()], config.needs, target_modules=config, loss=loss)
     )
-
-
-def task_vectors(model: nn.Module) -> dict[str, str]:
-    """Checkpoints of two models near this one, for a method that composes such; they last as long as the process."""
-    shapes = {name: list(value.shape) for name, value in model.state_dict().items()}
-    folder, found = Path(_models().name), {}
-    for seed, task in enumerate(("art", "law")):
-        file = folder / f"{hashlib.sha256(repr(shapes).encode()).hexdigest()[:16]}-{task}.safetensors"
-        found[task] = str(file)
-        if not file.exists():
-            generator = torch.Generator().manual_seed(seed)
-            tuned = {}
-            for name, value in model.state_dict().items():
-                tuned[name] = value.float() + 0.05 * torch.randn(value.shape, generator=generator)
-            save_file(tuned, file)
-    return found
-
-
-@functools.cache
-def _models() -> tempfile.TemporaryDirectory:
-    return tempfile.TemporaryDirectory(prefix="folklora-tiny-")
 
 
 def trained(config: AdapterConfig) -> PeftModel:

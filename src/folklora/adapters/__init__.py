@@ -17,6 +17,7 @@ from folklora.adapters.lt_sft import LTSFT
 from folklora.adapters.osft import OSFT
 from folklora.adapters.pissa import PiSSA
 from folklora.adapters.randlora import RandLoRA
+from folklora.adapters.rocket import Rocket
 from folklora.adapters.salt import SALT
 from folklora.adapters.smora import SMoRA
 from folklora.adapters.soma import SoMA
@@ -45,6 +46,7 @@ __all__ = [
     "LoRAXS",
     "PiSSA",
     "RandLoRA",
+    "Rocket",
     "SMoRA",
     "SVFit",
     "SoMA",

@@ -207,11 +207,14 @@ class TaskVectors:
             )
         self.sources = {name: _source(name, Path(folder)) for name, folder in folders.items()}
         self.kinds: dict[str, Kind] = {}
+        self.shapes: dict[str, tuple[int, int]] = {}
         for name, module in model.named_modules():
             try:
                 self.kinds[name] = kind_of(bare(module), name)
             except TypeError:
                 continue
+            if self.kinds[name].has_matrix:
+                self.shapes[name] = self.kinds[name].shape(bare(module))
 
     @property
     def all_factors(self) -> bool:
@@ -231,6 +234,11 @@ class TaskVectors:
         if not problems and self.all_factors and not any(layer in self.sources[name].layers for name in names):
             problems = [f"no task vector changes layer '{layer}': leave it out of target_modules"]
         return problems
+
+    def ranks(self, layer: str) -> dict[str, int]:
+        """The rank of each adapter's update of a layer, where all are adapters; those without one are left out."""
+        changing = {name: source for name, source in self.sources.items() if layer in source.layers}
+        return {name: source.factors(layer, self.shapes[layer]).rank for name, source in changing.items()}
 
     def factors(self, names: Sequence[str], layer: str, shape: tuple[int, int]) -> list[Factors]:
         """A layer's task vectors in factors, scales folded into B."""
