@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from folklora.adapters.base import AdapterConfig, Update, kaiming_uniform, zeros
 from folklora.adapters.host.layer import FolkloraLayer, updates_of
-from folklora.adapters.task_vectors import TaskVectors
+from folklora.adapters.task_vectors import TaskVectors, adapters_of
 from folklora.factored import Factors
 
 
@@ -112,11 +112,7 @@ class Rocket(AdapterConfig):
             return
         if not self.sources:
             raise ValueError('Rocket mixes trained LoRAs: name them, sources={"name": "folder", ...}')
-        bank = TaskVectors({name: str(folder) for name, folder in self.sources.items()}, model)
-        whole = [name for name, source in bank.sources.items() if not source.has_factors]
-        if whole:
-            raise ValueError(f"sources must be adapters, and these are whole models: {', '.join(whole)}")
-        self.bank = bank
+        self.bank = bank = adapters_of({name: str(folder) for name, folder in self.sources.items()}, model)
         if self.target_modules is None:
             self.target_modules = bank.layers()
         if self.r is None:

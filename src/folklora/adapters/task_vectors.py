@@ -249,6 +249,19 @@ class TaskVectors:
         return torch.stack([self.sources[name].dense(layer, weight, self.kinds[layer]) for name in names])
 
 
+def adapters_of(folders: Mapping[str, str], model: nn.Module) -> TaskVectors:
+    """The task vectors of adapters alone, which are all held in factors.
+
+    Raises: what `TaskVectors` does, and
+        ValueError: A folder holds a whole model.
+    """
+    found = TaskVectors(folders, model)
+    whole = [name for name, source in found.sources.items() if not source.has_factors]
+    if whole:
+        raise ValueError(f"adapters are needed, and these are whole models: {', '.join(whole)}")
+    return found
+
+
 def _files(path: Path) -> list[Path]:
     """The safetensors files of a source; none where it is no source."""
     if path.is_file():
