@@ -108,7 +108,8 @@ class Rocket(AdapterConfig):
             ValueError: No source is named, or one is no adapter.
             FileNotFoundError: A folder holds none.
         """
-        if self.restoring:
+        # a saved adapter holds its experts, and its sources may be gone
+        if self.restoring and self.r is not None and self.target_modules is not None:
             return
         if not self.sources:
             raise ValueError('Rocket mixes trained LoRAs: name them, sources={"name": "folder", ...}')

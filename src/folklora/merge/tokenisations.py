@@ -1,0 +1,180 @@
+"""Two tokenisers' tokens side by side: which token is nearest to which, and where two rows of a text's tokens meet.
+
+rapidfuzz and dtaidistance would do parts of this. Each is a compiled dependency for one step that is done once; one
+token against a whole vocabulary is a few operations on tensors, and so is a row of a dynamic programme.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+import torch
+from tokenizers import decoders
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+Alignment = Literal["soft", "hard"]
+_SPIECE, _BYTES, _PIECES = "▁", "Ġ", "##"
+_ROLES = ("pad", "unk", "bos", "eos")
+_BEGINNINGS = ("\0bos", "\0eos")
+# numbers of a table of edit distances that are held at once
+_HELD = 2**23
+
+
+def plain_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """What each token stands for, by its number: a space where a word begins, whatever the tokeniser writes there.
+
+    Tokens that end, begin or pad a text, or stand for the unknown, are named by that. A token that is no whole
+    character is left as the tokeniser writes it.
+    """
+    tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+    marks = {mark: sum(str(token).startswith(mark) for token in tokens) for mark in (_SPIECE, _BYTES, _PIECES)}
+    mark = max(marks, key=marks.__getitem__) if any(marks.values()) else ""
+    bytes_decoder = decoders.ByteLevel()
+    plain = []
+    for number, token in enumerate(tokens):
+        if token is None:
+            plain.append(f"\0{number}")
+        elif mark == _SPIECE:
+            plain.append(token.replace(_SPIECE, " "))
+        elif mark == _PIECES:
+            plain.append(token.removeprefix(_PIECES) if token.startswith(_PIECES) else f" {token}")
+        else:
+            text = bytes_decoder.decode([token]) if mark == _BYTES else token
+            plain.append(token if "\N{REPLACEMENT CHARACTER}" in text else text)
+    # of several roles of one token, the end of a text counts
+    for role in _ROLES:
+        number = getattr(tokenizer, f"{role}_token_id")
+        if number is not None:
+            plain[number] = f"\0{role}"
+    return plain
+
+
+def edit_distances(first: Sequence[str], second: Sequence[str]) -> Tensor:
+    """Levenshtein's distance of each string to each other one, [first, second] int32."""
+    found = torch.zeros(len(first), len(second), dtype=torch.int32)
+    lengths = torch.tensor([len(text) for text in second], dtype=torch.int64)
+    width = int(lengths.max()) if len(second) else 0
+    codes = torch.tensor([[*map(ord, text), *[-1] * (width - len(text))] for text in second]).view(len(second), width)
+    step = torch.arange(width + 1, dtype=torch.int32)[:, None, None]
+    for length in sorted({len(text) for text in first}):
+        same = [i for i, text in enumerate(first) if len(text) == length]
+        for rows in torch.tensor(same).split(max(1, _HELD // ((width + 1) * max(1, len(second))))):
+            own = torch.tensor([[*map(ord, first[i])] for i in rows.tolist()]).view(len(rows), length)
+            row = step.expand(-1, len(rows), len(second))
+            for i in range(length):
+                # from the row before: a change or none, a deletion; then insertions, along the row
+                changed = row[:-1] + (own[:, i, None] != codes.mT[:, None]).int()
+                row = torch.cat([row[:1] + 1, torch.minimum(changed, row[1:] + 1)])
+                row = (row - step).cummin(0).values + step
+            found[rows] = row.gather(0, lengths.expand(1, len(rows), -1))[0]
+    return found
+
+
+def nearest_strings(first: Sequence[str], second: Sequence[str]) -> Tensor:
+    """For each string the number of the other one of least edit distance, of equals the first, [first] int64."""
+    found = torch.zeros(len(first), dtype=torch.int64)
+    shortest = min(map(len, second))
+    for length in sorted({len(text) for text in first}):
+        rows = [i for i, text in enumerate(first) if len(text) == length]
+        # the shortest is at most this far, and what is longer by more is farther
+        within = length + max(length, shortest)
+        near = [j for j, text in enumerate(second) if len(text) <= within]
+        distances = edit_distances([first[i] for i in rows], [second[j] for j in near])
+        # of equals the first: argmin may give any
+        places = torch.arange(len(near)).expand_as(distances)
+        best = places.masked_fill(distances > distances.amin(1, keepdim=True), len(near)).amin(1)
+        found[rows] = torch.tensor(near)[best]
+    return found
+
+
+class TokenMap:
+    """Each token of a source as one of the target: the same where there is one, else that of least edit distance.
+
+    A token that has no equal is compared with the whole target when it is first asked for, and not again.
+
+    Args:
+        source: The tokens of `plain_tokens`.
+        target: Likewise.
+    """
+
+    def __init__(self, source: Sequence[str], target: Sequence[str]) -> None:
+        self.source, self.target = list(source), list(target)
+        places = {token: number for number, token in reversed(list(enumerate(target)))}
+        self.table = torch.tensor([places.get(token, -1) for token in source])
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        """The target's numbers, for the source's; of the same shape."""
+        unknown = ids[self.table[ids] < 0].unique()
+        if len(unknown):
+            self.table[unknown] = nearest_strings([self.source[i] for i in unknown.tolist()], self.target)
+        return self.table[ids]
+
+
+def warp(cost: Tensor) -> tuple[list[tuple[int, int]], int]:
+    """Dynamic time warping: the path from (0, 0) to (n - 1, m - 1) of least total cost, and that cost.
+
+    A step goes on by one in one of the two or in both; of equals, in both.
+
+    Args:
+        cost: [n, m] of whole numbers, both at least 1.
+    """
+    cost = cost.long()
+    rows: list[Tensor] = []
+    for own in cost:
+        sums = own.cumsum(0)
+        if rows:
+            above = rows[-1]
+            entered = own + torch.minimum(above, torch.cat([above[:1], above[:-1]]))
+            # then along the row, each place from the one before it
+            rows.append((entered - sums).cummin(0).values + sums)
+        else:
+            rows.append(sums)
+    table = torch.stack(rows).tolist()
+    i, j = len(table) - 1, len(table[0]) - 1
+    path = [(i, j)]
+    while i or j:
+        steps = [(a, b) for a, b in ((i - 1, j - 1), (i - 1, j), (i, j - 1)) if a >= 0 and b >= 0]
+        i, j = min(steps, key=lambda place: table[place[0]][place[1]])
+        path.append((i, j))
+    return path[::-1], int(table[-1][-1])
+
+
+def align(target: Tensor, source: Tensor, tokens: TokenMap, alignment: Alignment = "soft") -> Tensor:
+    """For each token of a text the place of the same token in the source's tokens of that text, [n] int64, or -1.
+
+    The two rows are warped onto each other, with the edit distance of two tokens without their leading space as the
+    cost; what only one of the two puts before a text is left out. A token of the target that meets exactly one of the
+    source has its place, if the two are equal ("hard"), or if the map takes the one to the other ("soft").
+
+    Args:
+        target: The target's tokens of the text, [n].
+        source: The source's, [m].
+        tokens: From the source's to the target's.
+        alignment: "soft" or "hard".
+    """
+    if alignment not in get_args(Alignment):
+        raise ValueError(f"alignment must be one of {', '.join(get_args(Alignment))}, not {alignment!r}")
+    wholes, rows = (tokens.target, tokens.source), [target, source]
+    begun = [len(row) > 1 and whole[int(row[0])] in _BEGINNINGS for whole, row in zip(wholes, rows, strict=True)]
+    # what only one of them puts before a text would be warped onto the other's first token
+    skipped = [int(own and not all(begun)) for own in begun]
+    kinds, places = zip(
+        *(row[skip:].unique(return_inverse=True) for row, skip in zip(rows, skipped, strict=True)), strict=True
+    )
+    strings = [[whole[i].removeprefix(" ") for i in kind.tolist()] for whole, kind in zip(wholes, kinds, strict=True)]
+    path, _ = warp(edit_distances(*strings)[places[0]][:, places[1]])
+    met: list[list[int]] = [[] for _ in target]
+    for i, j in path:
+        met[i + skipped[0]].append(j + skipped[1])
+    translated = tokens(source)
+    found = torch.full((len(target),), -1)
+    for i, those in enumerate(met):
+        if len(those) != 1:
+            continue
+        j = those[0]
+        equal = tokens.target[int(target[i])] == tokens.source[int(source[j])]
+        if equal or (alignment == "soft" and bool(translated[j] == target[i])):
+            found[i] = j
+    return found
