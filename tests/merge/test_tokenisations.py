@@ -153,9 +153,9 @@ def test_one_tokeniser_is_aligned_with_itself_everywhere() -> None:
 def test_what_is_one_token_in_both_is_aligned_and_what_is_cut_otherwise_is_not() -> None:
     target, source = [" the", " harbou", "r", "!", "\0eos"], [" the", " harbour", " !", "\0eos", "\0bos"]
     ids, others = torch.tensor([0, 1, 2, 3, 4]), torch.tensor([4, 0, 1, 2, 3])
-    # "harbou" and "r" meet tokens that they are not; " !" is nearest to "!"
+    # " harbou" and "r" meet what they are not; to the source's " harbour" and " !" they and "!" are nearest
     assert align(ids, others, TokenMap(source, target), "hard").tolist() == [1, -1, -1, -1, 4]
-    assert align(ids, others, TokenMap(source, target), "soft").tolist() == [1, -1, -1, 3, 4]
+    assert align(ids, others, TokenMap(source, target), "soft").tolist() == [1, 2, -1, 3, 4]
     # the other way round it meets two at once, and nothing meets what stands before the text
     assert align(others, ids, TokenMap(target, source), "hard").tolist() == [-1, 0, -1, -1, 4]
     both = torch.tensor([4, 0, 1, 2, 3, 4])

@@ -170,13 +170,17 @@ class Lessons(Dataset):
         return len(self.ends)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """One text."""
+        """One text, its logits -inf where a teacher has no token; named as `FusionX` takes them."""
         if not -len(self) <= index < len(self):
             raise IndexError(f"there are {len(self)} texts, and none of number {index}")
         index %= len(self)
         own = slice(int(self.ends[index - 1]) if index else 0, int(self.ends[index]))
-        parts = {name: getattr(self, name)[own] for name in ("tokens", "ids", "logits", "aligned")}
-        return {**parts, "losses": self.losses[index]}
+        return {
+            "input_ids": self.tokens[own],
+            "teacher_ids": self.ids[own],
+            "teacher_logits": self.logits[own].masked_fill(~self.aligned[own].unsqueeze(-1), -torch.inf),
+            "teacher_losses": self.losses[index],
+        }
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file, whole or not at all."""
@@ -228,7 +232,7 @@ class Collator:
 
     def __call__(self, rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """input_ids, attention_mask and labels [B, L], teacher_ids and teacher_logits [B, L, M, k], teacher_losses."""
-        tokens = [row["tokens"] for row in rows]
+        tokens = [row["input_ids"] for row in rows]
         taught = [self._taught(row) for row in rows]
         return {
             "input_ids": pad_sequence(tokens, batch_first=True, padding_value=self.pad),
@@ -236,15 +240,15 @@ class Collator:
             "labels": pad_sequence(tokens, batch_first=True, padding_value=IGNORED),
             "teacher_ids": pad_sequence([ids for ids, _ in taught], batch_first=True),
             "teacher_logits": pad_sequence([logits for _, logits in taught], batch_first=True),
-            "teacher_losses": torch.stack([row["losses"] for row in rows]),
+            "teacher_losses": torch.stack([row["teacher_losses"] for row in rows]),
         }
 
     def _taught(self, row: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        ids, unknown = row["ids"].clone(), ~row["aligned"].unsqueeze(-1)
-        logits = row["logits"].masked_fill(unknown, -torch.inf)
+        ids, logits = row["teacher_ids"].clone(), row["teacher_logits"].clone()
         if self.fallback == "gold":
+            silent = logits.isneginf().all(-1, keepdim=True)
             # after the last token nothing is learnt
-            following = torch.cat([row["tokens"][1:], row["tokens"][-1:]])
-            ids[..., :1] = torch.where(unknown, following[:, None, None], ids[..., :1])
-            logits[..., :1] = logits[..., :1].masked_fill(unknown, 0.0)
+            following = torch.cat([row["input_ids"][1:], row["input_ids"][-1:]])
+            ids[..., :1] = torch.where(silent, following[:, None, None], ids[..., :1])
+            logits[..., :1] = logits[..., :1].masked_fill(silent, 0.0)
         return ids, logits

@@ -146,7 +146,8 @@ def align(target: Tensor, source: Tensor, tokens: TokenMap, alignment: Alignment
 
     The two rows are warped onto each other, with the edit distance of two tokens without their leading space as the
     cost; what only one of the two puts before a text is left out. A token of the target that meets exactly one of the
-    source has its place, if the two are equal ("hard"), or if the map takes the one to the other ("soft").
+    source has its place, if the two are equal ("hard"), or if the map takes the one to the other ("soft",
+    which lets a teacher that has read a word of one letter more or less speak all the same).
 
     Args:
         target: The target's tokens of the text, [n].
