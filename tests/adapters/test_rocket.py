@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from folklora import KaSA, LoRA, Rocket, expert_use, tiny
 from folklora.adapters.host.layer import FolkloraLayer, updates_of
 from folklora.adapters.rocket import RocketUpdate
+from folklora.stream.fit import check_fit
+from folklora.stream.options import build_method
 
 IN, OUT = 12, 10
 STOCK = {
@@ -210,6 +212,16 @@ def test_the_use_of_experts_is_counted_over_real_tokens(bank: dict[str, str]) ->
     assert list(first.values()) == pytest.approx((update.gates(x) > 0).double().mean(0).tolist())
     with pytest.raises(ValueError, match="no Rocket adapter 'other'"):
         expert_use(model, batch, "other")
+
+
+def test_a_stream_tries_it_on_a_shell_before_any_work(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        get_peft_model(tiny.llama(), LoRA(r=3, target_modules=["q_proj"])).save_pretrained(tmp_path / name)
+    sources = {name: str(tmp_path / name) for name in ("one", "two")}
+    check_fit([build_method("seq-lora", {"adapter": "rocket", "sources": sources})], tiny.llama())
+    wrong = {"adapter": "rocket", "sources": sources, "r": 2}
+    with pytest.raises(ValueError, match="r = 2 is below the rank 3 of source 'one'"):
+        check_fit([build_method("seq-lora", wrong)], tiny.llama())
 
 
 def test_what_cannot_be_mixed_is_named(bank: dict[str, str], tmp_path: Path) -> None:

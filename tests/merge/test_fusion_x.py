@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -260,3 +261,9 @@ def test_half_precision_sums_in_float32(tiny_llama: Callable[..., LlamaForCausal
     assert output.loss.isfinite()
     assert model.gate[0].weight.dtype == torch.float32
     assert model.weights(batch()["teacher_losses"]).dtype == torch.float32
+
+
+def test_example_of_the_docstring_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    example = inspect.cleandoc(FusionX.__doc__).partition("\nExample:\n")[2].partition("\nArgs:\n")[0]
+    exec(inspect.cleandoc(example), {"__name__": "__main__"})
+    assert "'distillation'" in capsys.readouterr().out

@@ -52,10 +52,11 @@ class FusionX(nn.Module):
         `DynamicLogitFusion` joins them without training.
 
     Equation:
-        \tilde g = \operatorname{select}(\operatorname{softmax}(\mathrm{MLP}(e^{-\mathrm{ce}}))), \quad
+        g = \operatorname{softmax}(\mathrm{MLP}(e^{-\mathrm{ce}}))
+        S = \{m : g_m > t\}, \quad \tilde g_m = \frac{g_m}{\sum_{j \in S} g_j} \ (m \in S), \ 0 \ (m \notin S)
         P = \sum_m \tilde g_m P_m
-        L = \lambda L_{\mathrm{LM}} + (1 - \lambda)\,\mathrm{CE}(P, Q) + \beta\,\mathrm{CV}^2\Big(\sum_{\text{texts}}
-        \tilde g\Big)
+        L_{\mathrm{fb}} = \operatorname{var}(I) / \operatorname{mean}(I)^2, \quad I_m = \sum_b \tilde g_{b,m}
+        L = \lambda L_{\mathrm{LM}} + (1 - \lambda)\,\mathrm{CE}(P, Q) + \beta L_{\mathrm{fb}}
 
     Example:
         import torch
@@ -66,7 +67,7 @@ class FusionX(nn.Module):
 
         tokenizer = AutoTokenizer.from_pretrained(model_folder())
         source = AutoModelForCausalLM.from_pretrained(model_folder())
-        target = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=1, n_head=2))
+        target = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_embd=48, n_layer=1, eos_token_id=0))
         texts = ["The wind is high today.", "A letter came from the harbour."]
         # in life, the source has a tokenizer of its own
         own, other = read_texts(target, tokenizer, texts), read_texts(source, tokenizer, texts)

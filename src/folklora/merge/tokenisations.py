@@ -54,22 +54,32 @@ def plain_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 def edit_distances(first: Sequence[str], second: Sequence[str]) -> Tensor:
     """Levenshtein's distance of each string to each other one, [first, second] int32."""
     found = torch.zeros(len(first), len(second), dtype=torch.int32)
-    lengths = torch.tensor([len(text) for text in second], dtype=torch.int64)
-    width = int(lengths.max()) if len(second) else 0
-    codes = torch.tensor([[*map(ord, text), *[-1] * (width - len(text))] for text in second]).view(len(second), width)
-    step = torch.arange(width + 1, dtype=torch.int32)[:, None, None]
-    for length in sorted({len(text) for text in first}):
-        same = [i for i, text in enumerate(first) if len(text) == length]
-        for rows in torch.tensor(same).split(max(1, _HELD // ((width + 1) * max(1, len(second))))):
-            own = torch.tensor([[*map(ord, first[i])] for i in rows.tolist()]).view(len(rows), length)
-            row = step.expand(-1, len(rows), len(second))
-            for i in range(length):
-                # from the row before: a change or none, a deletion; then insertions, along the row
-                changed = row[:-1] + (own[:, i, None] != codes.mT[:, None]).int()
-                row = torch.cat([row[:1] + 1, torch.minimum(changed, row[1:] + 1)])
-                row = (row - step).cummin(0).values + step
-            found[rows] = row.gather(0, lengths.expand(1, len(rows), -1))[0]
+    codes, lengths = _codes(second)
+    # the longest first, so that those that are finished stand at the end
+    order = torch.tensor(sorted(range(len(first)), key=lambda i: -len(first[i])), dtype=torch.int64)
+    step = torch.arange(codes.shape[1] + 1, dtype=torch.int32)[:, None, None]
+    for rows in order.split(max(1, _HELD // (len(step) * max(1, len(second))))):
+        own, sizes = _codes([first[i] for i in rows.tolist()])
+        row, alive = step.expand(-1, len(rows), len(second)), len(rows)
+        for i in range(own.shape[1] + 1):
+            longer = int((sizes > i).sum())
+            found[rows[longer:alive]] = row[:, longer:].gather(0, lengths.expand(1, alive - longer, -1))[0]
+            if not longer:
+                break
+            row, alive = row[:, :longer], longer
+            # from the row before: a change or none, a deletion; then insertions, along the row
+            changed = row[:-1] + (own[:longer, i, None] != codes.mT[:, None]).int()
+            row = torch.cat([row[:1] + 1, torch.minimum(changed, row[1:] + 1)])
+            row = (row - step).cummin(0).values + step
     return found
+
+
+def _codes(texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """Characters as numbers [texts, longest], -1 after the end, and the lengths [texts]."""
+    lengths = torch.tensor([len(text) for text in texts], dtype=torch.int64)
+    width = max(map(len, texts), default=0)
+    rows = [[*map(ord, text), *[-1] * (width - len(text))] for text in texts]
+    return torch.tensor(rows, dtype=torch.int64).view(len(texts), width), lengths
 
 
 def nearest_strings(first: Sequence[str], second: Sequence[str]) -> Tensor:
@@ -131,14 +141,14 @@ def warp(cost: Tensor) -> tuple[list[tuple[int, int]], int]:
             rows.append((entered - sums).cummin(0).values + sums)
         else:
             rows.append(sums)
-    table = torch.stack(rows).tolist()
-    i, j = len(table) - 1, len(table[0]) - 1
+    table = torch.stack(rows).numpy()
+    i, j = (size - 1 for size in table.shape)
     path = [(i, j)]
     while i or j:
         steps = [(a, b) for a, b in ((i - 1, j - 1), (i - 1, j), (i, j - 1)) if a >= 0 and b >= 0]
-        i, j = min(steps, key=lambda place: table[place[0]][place[1]])
+        i, j = min(steps, key=lambda place: table[place])
         path.append((i, j))
-    return path[::-1], int(table[-1][-1])
+    return path[::-1], int(table[-1, -1])
 
 
 def align(target: Tensor, source: Tensor, tokens: TokenMap, alignment: Alignment = "soft") -> Tensor:
