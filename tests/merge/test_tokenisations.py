@@ -133,6 +133,13 @@ def test_bytes_that_are_no_character_stay_apart() -> None:
     assert "naïve".removeprefix("na")[0] in "".join(plain)
 
 
+def test_single_bytes_of_other_tokenisers_are_the_same_characters() -> None:
+    tokenizer = metaspace()
+    tokenizer.add_tokens(["<0x0A>", "<0xC3>"])
+    assert plain_tokens(tokenizer)[-2:] == ["\n", "<0xC3>"]
+    assert "\n" in plain_tokens(byte_level())
+
+
 def test_a_vocabulary_maps_to_itself_and_to_what_is_nearest() -> None:
     plain = plain_tokens(metaspace())
     ids = torch.arange(len(plain)).view(1, -1)

@@ -6,6 +6,7 @@ token against a whole vocabulary is a few operations on tensors, and so is a row
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Literal, get_args
 
@@ -16,6 +17,8 @@ from transformers import PreTrainedTokenizerBase
 
 Alignment = Literal["soft", "hard"]
 _SPIECE, _BYTES, _PIECES = "▁", "Ġ", "##"
+# a line's end, say, is such a byte; those above 7F are parts of characters
+_BYTE = re.compile(r"<0x([0-7][0-9A-F])>")
 _ROLES = ("pad", "unk", "bos", "eos")
 _BEGINNINGS = ("\0bos", "\0eos")
 # numbers of a table of edit distances that are held at once
@@ -37,7 +40,8 @@ def plain_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
         if token is None:
             plain.append(f"\0{number}")
         elif mark == _SPIECE:
-            plain.append(token.replace(_SPIECE, " "))
+            byte = _BYTE.fullmatch(token)
+            plain.append(chr(int(byte[1], 16)) if byte else token.replace(_SPIECE, " "))
         elif mark == _PIECES:
             plain.append(token.removeprefix(_PIECES) if token.startswith(_PIECES) else f" {token}")
         else:
