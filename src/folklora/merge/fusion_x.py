@@ -217,8 +217,10 @@ def distillation(logits: Tensor, ids: Tensor, probabilities: Tensor, divergence:
     crossed = -(probabilities * log_q).sum(-1)
     if divergence == "ce":
         return crossed
-    together = (ids.unsqueeze(-1) == ids.unsqueeze(-2)).to(probabilities) @ probabilities.unsqueeze(-1)
-    return crossed + torch.special.xlogy(probabilities, together.squeeze(-1)).sum(-1)
+    together = ((ids.unsqueeze(-1) == ids.unsqueeze(-2)).to(probabilities) @ probabilities.unsqueeze(-1)).squeeze(-1)
+    # the logarithm of what nobody says has no gradient that is finite
+    logarithms = together.masked_fill(probabilities == 0, 1.0).log()
+    return crossed + (probabilities * logarithms).sum(-1)
 
 
 def _wide(weights: Tensor) -> Tensor:
