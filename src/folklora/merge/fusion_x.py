@@ -38,7 +38,7 @@ class FusionX(nn.Module):
     the first. What is not aligned is taught by the text's next token, where the code has the present one (`Collator`).
     L_distill is the less, the more the selected teachers are sure of what the target says anyway, so the gate tends to
     them; L_fb holds against it, but also against finding that one source is best: lower `feedback` (β is read at each
-    call) as training goes on.
+    call) as training goes on. I is summed over one call's texts: of a single text, L_fb asks for all teachers alike.
 
     It is a module around the target, for `transformers.Trainer` or a loop by hand; with adapters on the target (a PEFT
     model) those alone are trained. A gate wants a larger learning rate than a pretrained target.
