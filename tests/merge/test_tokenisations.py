@@ -169,6 +169,21 @@ def test_what_is_one_token_in_both_is_aligned_and_what_is_cut_otherwise_is_not()
     assert align(both, both[1:], TokenMap(target, target), "hard").tolist() == [-1, 0, 1, 2, 3, 4]
 
 
+def test_a_token_is_not_drawn_to_a_likeness_across_a_place_where_both_read_the_same() -> None:
+    target, source = [" the", " harbour", " ", "x", "q"], [" the", " har", "bour", " x", "z", "y"]
+    # "har" is nearer to "the" than to "harbour"
+    cost = edit_distances(["the", "harbour"], ["the", "har", "bour"])
+    assert warp(cost)[0] == [(0, 0), (0, 1), (1, 2)]
+    found = align(torch.arange(5), torch.arange(6), TokenMap(source, target), "hard")
+    assert found.tolist() == [0, -1, -1, -1, -1]
+    # after the last such place the rest is warped as a whole
+    twin = align(torch.arange(5), torch.tensor([0, 1, 3, 4]), TokenMap(target, target), "hard")
+    assert twin.tolist() == [0, 1, -1, 2, 3]
+    unlike = ["a", "b", "c", "d", "b"]
+    other = align(torch.arange(5), torch.arange(1, 5), TokenMap(unlike, unlike), "hard")
+    assert other.tolist() == [-1, 0, 1, 2, 3]
+
+
 @pytest.mark.parametrize("makes", list(itertools.permutations([wordpiece, metaspace, byte_level], 2)))
 def test_an_aligned_token_ends_the_same_text_in_both(makes: tuple[type, type]) -> None:
     target, source = (make() for make in makes)
