@@ -14,7 +14,10 @@ from torch import Tensor
 from folklora.selection import (
     coverage_sample,
     deduplicate,
+    hull_distance,
     kmeans,
+    near_and_diverse,
+    nearness,
     random_projection,
     random_sample,
     redundancy,
@@ -219,3 +222,78 @@ def test_a_gradient_from_losses_alone():
     assert error.square().sum() < 4 * 7 / probes * slope.square().sum()
     single = torch.cat([part.flatten() for part in zero_order_gradient(loss, parameters, seeded(1))])
     assert (single - slope).norm() > 0.1 * slope.norm(), "one direction is no gradient"
+
+
+def brute_force(pool: Tensor, shots: Tensor, count: int, threshold: float) -> list[int]:
+    """Algorithm 2 of Rocket, pair by pair."""
+    score = [max(float(F.cosine_similarity(x, s, dim=0)) for s in shots) for x in pool]
+    nearest = sorted(range(len(pool)), key=lambda i: -score[i])[:count]
+    dropped = {
+        min(i, j, key=lambda k: score[k])
+        for i, j in itertools.combinations(nearest, 2)
+        if float(F.cosine_similarity(pool[i], pool[j], dim=0)) > threshold
+    }
+    return [i for i in nearest if i not in dropped]
+
+
+@pytest.mark.parametrize("threshold", [0.5, 0.8, 1.0])
+def test_near_rows_without_repetitions_are_those_of_the_algorithm(threshold: float):
+    pool, _ = blobs([12, 9, 15], width=4)
+    shots = torch.randn(3, 4, generator=seeded(5))
+    found = near_and_diverse(pool, shots, 20, threshold=threshold)
+    assert found.tolist() == brute_force(pool, shots, 20, threshold)
+    assert len(found) == 20 or threshold < 1
+
+
+@pytest.mark.parametrize("scorer", ["max-cosine", "centroid", "hull"])
+def test_near_rows_do_not_depend_on_the_order_of_the_pool_and_differ(scorer: str):
+    pool, shots = torch.randn(80, 5, generator=seeded(1)), torch.randn(4, 5, generator=seeded(2))
+    pool = torch.cat([pool, 3 * pool[:10]])
+    order = torch.randperm(len(pool), generator=seeded(3))
+    options = {"scorer": scorer, "threshold": 0.85}
+    found = F.normalize(pool, dim=1)[near_and_diverse(pool, shots, 40, **options)]
+    again = F.normalize(pool[order], dim=1)[near_and_diverse(pool[order], shots, 40, **options)]
+    torch.testing.assert_close(again, found, rtol=0, atol=1e-6)
+    assert 0 < len(found) <= 40
+    # a cosine of five products of float32 numbers below 1
+    assert (found @ found.mT).triu(1).max() <= 0.85 + 1e-6
+
+
+@pytest.mark.parametrize("scorer", ["max-cosine", "centroid", "hull"])
+def test_what_is_looked_for_is_nearest(scorer: str):
+    shots = F.normalize(torch.randn(3, 6, generator=seeded(4)), dim=1)
+    sought = shots[:1] if scorer == "max-cosine" else shots.mean(0, keepdim=True)
+    pool = torch.cat([torch.randn(30, 6, generator=seeded(5)), sought])
+    assert int(near_and_diverse(pool, shots, 5, scorer=scorer)[0]) == 30
+
+
+def test_distance_to_a_hull_is_that_of_plane_geometry():
+    square = torch.tensor([[0.0, 0.0], [1.0, 0.0], [1.0, 1.0], [0.0, 1.0]], dtype=torch.float64)
+    points = torch.tensor([[0.3, 0.6], [1.0, 1.0], [3.0, 0.5], [4.0, 5.0], [-2.0, -1.0]], dtype=torch.float64)
+    expected = torch.tensor([0.0, 0.0, 2.0, 5.0, 5.0**0.5], dtype=torch.float64)
+    # the objective's error after 300 steps: 2 * 3 / 300**2, of a squared distance twice that
+    torch.testing.assert_close(hull_distance(points, square).square(), expected.square(), rtol=0, atol=2e-4)
+    assert torch.equal(nearness(points, square, "hull"), -hull_distance(points, square))
+
+
+def test_rows_are_drawn_in_proportion_to_their_density():
+    shots, pool = torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])
+    h = 1.0
+    expected = torch.tensor([1.0, math.exp(-1), math.exp(-2)])
+    torch.testing.assert_close(nearness(pool, shots, "density", h).exp(), expected)
+    generator, times = seeded(), 2000
+    options = {"scorer": "density", "bandwidth": h, "generator": generator}
+    first = torch.cat([near_and_diverse(pool, shots, 1, **options) for _ in range(times)]).bincount(minlength=3)
+    share = expected / expected.sum()
+    # four standard deviations of a share of 2,000 draws
+    assert ((first / times - share).abs() < 4 * (share * (1 - share) / times).sqrt()).all()
+
+
+def test_nearness_refuses_what_it_does_not_know():
+    x = torch.eye(2)
+    with pytest.raises(ValueError, match="one of max-cosine, centroid, hull, density, not 'l1'"):
+        nearness(x, x, "l1")
+    with pytest.raises(ValueError, match="bandwidth must be above 0"):
+        nearness(x, x, "density", 0.0)
+    with pytest.raises(ValueError, match="give a generator"):
+        near_and_diverse(x, x, 1, scorer="density")

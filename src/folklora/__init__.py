@@ -26,6 +26,7 @@ from folklora.adapters import (
     MixDA,
     PiSSA,
     RandLoRA,
+    Rocket,
     ScaLearn,
     SMoRA,
     SoMA,
@@ -42,6 +43,7 @@ from folklora.adapters.host import tuner as _tuner
 from folklora.adapters.host.call import classes
 from folklora.adapters.host.export import export_lora
 from folklora.adapters.host.steps import activation_penalty, penalty
+from folklora.adapters.rocket import expert_use
 from folklora.adapters.schedules import anneal_weight_decay, cosine_weight_decay, early_blocks
 from folklora.adapters.statistics import Statistics
 from folklora.adapters.vision import VisionLanguageModel
@@ -96,6 +98,7 @@ __all__ = [
     "MixDA",
     "PiSSA",
     "RandLoRA",
+    "Rocket",
     "Run",
     "SMoRA",
     "SVFit",
@@ -119,6 +122,7 @@ __all__ = [
     "concatenate",
     "cosine_weight_decay",
     "early_blocks",
+    "expert_use",
     "export_lora",
     "factored_linear",
     "learn",

@@ -126,6 +126,16 @@ _REASONS: dict[str, dict[str, str]] = {
         "unmerge": "bottlenecks are no linear function, so no weight equals them (over LoRAs, it merges)",
         "weighted": "bottlenecks are no linear function, so no matrix to be summed (over LoRAs, it is one)",
     },
+    "rocket": {
+        "attention": "its sources are LoRAs of single weights by name, which a module of several hides",
+        "convolution": "its router reads what enters a linear layer",
+        "embedding": "its router reads values, and an embedding's input is numbers of tokens",
+        "export": "its router reads each layer's input, and a LoRA is the same for every input",
+        "merge": "its router reads each layer's input, so no single weight equals it",
+        "start_at_base": "its start is the mixture of its sources, as in the paper",
+        "unmerge": "its router reads each layer's input, so no single weight equals it",
+        "weighted": "its router reads each layer's input, so its update is no matrix to be summed",
+    },
     "smora": {
         "attention": "its router reads each layer's input, which torch's attention keeps inside",
         "convolution": "its router chooses ranks for each position of a linear layer's input",

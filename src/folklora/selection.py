@@ -7,6 +7,7 @@ repeats. Nothing here knows of models, tasks or texts; `folklora.continual.score
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,8 @@ from torch import Tensor
 # rows of a random matrix, and of a similarity matrix, that are held at once
 _BLOCK = 512
 _STEPS = 100
+
+Scorer = Literal["max-cosine", "centroid", "hull", "density"]
 
 
 def water_filling(sizes: Sequence[int], total: int) -> list[int]:
@@ -105,6 +108,107 @@ def deduplicate(vectors: Tensor, keep: int) -> Tensor:
     if keep >= len(vectors):
         return torch.arange(len(vectors))
     return redundancy(vectors).cpu().argsort(stable=True)[:keep].sort().values
+
+
+def nearness(pool: Tensor, shots: Tensor, scorer: Scorer = "max-cosine", bandwidth: float = 2.0) -> Tensor:
+    """How near each row of a pool is to a few given ones: the larger the nearer.
+
+    - "max-cosine": the cosine to the nearest of them.
+    - "centroid": minus the distance to their mean.
+    - "hull": minus the distance to the convex hull of them, 0 inside.
+    - "density": the log of a sum of Gaussians around them, Σ_s exp(-‖x - s‖² / 2h²).
+
+    Args:
+        pool: [n, d].
+        shots: [k, d].
+        scorer: Which of these.
+        bandwidth: h.
+
+    Returns:
+        [n].
+
+    Raises:
+        ValueError: There is no such scorer, or h is not above 0.
+    """
+    if scorer not in get_args(Scorer):
+        raise ValueError(f"scorer must be one of {', '.join(get_args(Scorer))}, not {scorer!r}")
+    if not bandwidth > 0:
+        raise ValueError(f"bandwidth must be above 0, not {bandwidth}")
+    if scorer == "max-cosine":
+        return (F.normalize(pool, dim=1) @ F.normalize(shots, dim=1).mT).amax(1)
+    if scorer == "centroid":
+        return -(pool - shots.mean(0)).norm(dim=1)
+    if scorer == "hull":
+        return -hull_distance(pool, shots)
+    return (torch.cdist(pool, shots).square() / (-2 * bandwidth**2)).logsumexp(1)
+
+
+def hull_distance(points: Tensor, corners: Tensor, steps: int = 300) -> Tensor:
+    """The distance of each point to the convex hull of the corners, by accelerated projected gradient (FISTA).
+
+    Of w ≥ 0 with Σ w = 1 the least ½‖x - w C‖²; its error falls at least as 2 ‖C‖² / steps², by the largest singular
+    value ‖C‖.
+
+    Args:
+        points: [n, d].
+        corners: C [k, d].
+        steps: How many.
+
+    Returns:
+        [n].
+    """
+    G, g = corners @ corners.mT, points @ corners.mT
+    rate = 1 / torch.linalg.matrix_norm(G, 2).clamp_min(torch.finfo(G.dtype).tiny)
+    w = ahead = torch.full_like(g, 1 / len(corners))
+    momentum = 1.0
+    for _ in range(steps):
+        before, w = w, _onto_simplex(ahead - rate * (ahead @ G - g))
+        last, momentum = momentum, (1 + (1 + 4 * momentum**2) ** 0.5) / 2
+        ahead = w + (last - 1) / momentum * (w - before)
+    return (points - w @ corners).norm(dim=1)
+
+
+def near_and_diverse(
+    pool: Tensor,
+    shots: Tensor,
+    count: int,
+    *,
+    scorer: Scorer = "max-cosine",
+    threshold: float = 0.9,
+    bandwidth: float = 2.0,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """The rows of a pool that are nearest to a few given ones, without those that repeat a nearer one.
+
+    The `count` nearest are taken ("density": drawn in proportion to it), then each whose cosine to one before it is
+    above the threshold goes, whether or not that one stays; so any order of the pool gives the same.
+
+    Args:
+        pool: [n, d].
+        shots: [k, d].
+        count: How many before the repetitions go.
+        scorer: See `nearness`; all rows are brought to length 1 first.
+        threshold: τ; 1 keeps all.
+        bandwidth: Of "density".
+        generator: For "density", on the device of the vectors.
+
+    Returns:
+        At most `count` indices, the nearest first.
+
+    Raises:
+        ValueError: As for `nearness`; or "density" has no generator.
+    """
+    pool, shots = F.normalize(pool, dim=1), F.normalize(shots, dim=1)
+    scores = nearness(pool, shots, scorer, bandwidth)
+    if scorer == "density":
+        if generator is None:
+            raise ValueError("density draws at random: give a generator")
+        # the largest of logs with Gumbel noise are a draw without replacement
+        noise = torch.empty_like(scores).exponential_(generator=generator)
+        scores = scores - noise.log()
+    order = scores.argsort(descending=True, stable=True)[:count]
+    # rounding takes the cosine of equal rows beyond 1
+    return order[redundancy(pool[order]).clamp(max=1) <= threshold].cpu()
 
 
 def shannon(counts: Tensor) -> float:
@@ -246,6 +350,15 @@ def zero_order_gradient(
     for parameter, own in zip(parameters, start, strict=True):
         parameter.copy_(own)
     return total
+
+
+def _onto_simplex(v: Tensor) -> Tensor:
+    """The nearest w ≥ 0 of sum 1 to each row of v [n, k]: max(v - θ, 0)."""
+    falling = v.sort(dim=1, descending=True).values
+    sums = falling.cumsum(1) - 1
+    places = torch.arange(1, v.shape[1] + 1, device=v.device)
+    last = (falling * places > sums).sum(1, keepdim=True)
+    return (v - sums.gather(1, last - 1) / last).clamp(min=0)
 
 
 def _draw(n: int, count: int, generator: torch.Generator) -> Tensor:

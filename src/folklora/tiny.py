@@ -20,7 +20,7 @@ from folklora.adapters.base import AdapterConfig
 from folklora.adapters.calibrate import calibrate
 from folklora.adapters.host.layer import FolkloraLayer, layers_of
 from folklora.adapters.host.steps import activation_penalty
-from folklora.tiny_files import source_adapters, task_vectors
+from folklora.tiny_files import source_adapters, task_vectors, trained_adapters
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 ROWS, POSITIONS, VOCABULARY = 4, 6, 61
@@ -127,7 +127,8 @@ def calibrated(model: nn.Module, config: AdapterConfig, batches: Sequence[Any] =
     if getattr(config, "vectors", None) == {}:
         config = config.changed(vectors=task_vectors(model))
     if getattr(config, "sources", None) == {}:
-        config = config.changed(sources=source_adapters(model, config.target_modules))
+        make = trained_adapters if config.example_sources == "lora" else source_adapters
+        config = config.changed(sources=make(model, config.target_modules))
     if not config.needs or config.statistics is not None:
         return config
     loss = _mean_square if batches else None

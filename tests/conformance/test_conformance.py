@@ -29,6 +29,7 @@ from folklora import (
     MixDA,
     PiSSA,
     RandLoRA,
+    Rocket,
     ScaLearn,
     SMoRA,
     SVFit,
@@ -127,6 +128,7 @@ VARIANTS = {
     "randlora with other bases": RandLoRA(
         r=3, scale_rule="alpha/(r sqrt n)", bases="sparse", peft_layout=True, dropout=0.3, rank_pattern={"v_proj": 5}
     ),
+    "rocket of all experts": Rocket(top_k=3, dropout=0.3, target_modules=TARGETS),
     "salt without relu": SALT(r=3, top=4, relu="none", penalty_weight=0.1, save_vectors=True, target_modules=TARGETS),
     "salt with a positive diagonal": SALT(r=3, top_ratio=0.5, relu="diag", target_modules="all-linear"),
     "scalearn with a regulariser": ScaLearn(regularization=0.1, coefficient_dropout=0.0, target_modules="all-linear"),

@@ -20,6 +20,7 @@ from folklora.adapters.mixda import MixDA
 from folklora.adapters.osft import OSFT
 from folklora.adapters.pissa import PiSSA
 from folklora.adapters.randlora import RandLoRA
+from folklora.adapters.rocket import Rocket
 from folklora.adapters.salt import SALT
 from folklora.adapters.scalearn import ScaLearn
 from folklora.adapters.smora import SMoRA
@@ -52,6 +53,7 @@ __all__ = [
     "MixDA",
     "PiSSA",
     "RandLoRA",
+    "Rocket",
     "SMoRA",
     "SVFit",
     "ScaLearn",

@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from folklora.adapters.base import AdapterConfig, Update
 from folklora.adapters.bottlenecks import Dense
 from folklora.adapters.host.blocks import block_of
-from folklora.adapters.host.kinds import evenly_spaced, kind_of
-from folklora.adapters.host.kinds import SAME, SMALLEST
+from folklora.adapters.host.kinds import SAME, SMALLEST, evenly_spaced, kind_of
 from folklora.adapters.host.targets import bare
 from folklora.stream.files import read_json
 

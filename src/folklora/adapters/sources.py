@@ -7,7 +7,7 @@ import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -181,6 +181,8 @@ class OverSources(AdapterConfig):
     sources: dict[str, str] = field(default_factory=dict)
 
     layer_kinds: ClassVar[frozenset[str]] = frozenset({"linear"})
+    example_sources: ClassVar[Literal["lora", "vl-adapter"]] = "vl-adapter"
+    """What checks give it as sources where none are named."""
     bank: ClassVar[Sources | None] = None
     """The sources, once `fit` has found them; no option."""
     layer: ClassVar[str] = ""

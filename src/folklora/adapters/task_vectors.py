@@ -198,7 +198,9 @@ class TaskVectors:
     def __init__(self, folders: Mapping[str, str], model: nn.Module) -> None:
         require_files(folders, "task vectors")
         self.sources = {name: source_of(name, Path(folder)) for name, folder in folders.items()}
-        self.kinds = {name: kind for name, (kind, _) in layers_by_name(model).items()}
+        bases = layers_by_name(model)
+        self.kinds = {name: kind for name, (kind, _) in bases.items()}
+        self.shapes = {name: kind.shape(base) for name, (kind, base) in bases.items() if kind.has_matrix}
 
     @property
     def all_factors(self) -> bool:
@@ -218,6 +220,11 @@ class TaskVectors:
         if not problems and self.all_factors and not any(layer in self.sources[name].layers for name in names):
             problems = [f"no task vector changes layer '{layer}': leave it out of target_modules"]
         return problems
+
+    def ranks(self, layer: str) -> dict[str, int]:
+        """The rank of each adapter's update of a layer, where all are adapters; those without one are left out."""
+        changing = {name: source for name, source in self.sources.items() if layer in source.layers}
+        return {name: source.factors(layer, self.shapes[layer]).rank for name, source in changing.items()}
 
     def factors(self, names: Sequence[str], layer: str, shape: tuple[int, int]) -> list[Factors]:
         """A layer's task vectors in factors, scales folded into B."""
@@ -257,6 +264,19 @@ def filled(update: Update, tensors: Tensors, layer: str) -> Update:
         value = tensors.read(f"{ROOT}{layer}.folklora_updates.{name}")
         setattr(update.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
     return update
+
+
+def adapters_of(folders: Mapping[str, str], model: nn.Module) -> TaskVectors:
+    """The task vectors of adapters alone, which are all held in factors.
+
+    Raises: what `TaskVectors` does, and
+        ValueError: A folder holds a whole model.
+    """
+    found = TaskVectors(folders, model)
+    whole = [name for name, source in found.sources.items() if not source.has_factors]
+    if whole:
+        raise ValueError(f"adapters are needed, and these are whole models: {', '.join(whole)}")
+    return found
 
 
 def _files(path: Path) -> list[Path]:

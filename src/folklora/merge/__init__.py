@@ -2,7 +2,7 @@
 
 `folklora.merge.factors` merges adapters in LoRA's form without building their dense updates. `folklora.merge.twins`
 serves what `twin_merging` splits, by a router. `DynamicLogitFusion` joins models not by their weights but by what they
-say next, while they decode.
+say next, while they decode. `FusionX` trains one model on what others, with tokenisers of their own, say next.
 """
 
 from folklora.merge.average import average
@@ -13,6 +13,7 @@ from folklora.merge.della import della, della_linear
 from folklora.merge.dynamic_logit_fusion import DynamicLogitFusion
 from folklora.merge.emr import common_scale, emr
 from folklora.merge.fisher import fisher
+from folklora.merge.fusion_x import FusionX
 from folklora.merge.iso_c import iso_c
 from folklora.merge.karcher import karcher
 from folklora.merge.model_stock import model_stock
@@ -34,6 +35,7 @@ from folklora.merge.wudi import wudi, wudi_closed_form
 
 __all__ = [
     "DynamicLogitFusion",
+    "FusionX",
     "PerTask",
     "average",
     "breadcrumbs",
