@@ -4,11 +4,12 @@
 
 The larger model is the demo's. A small one of the same tokenizer is pre-trained here on the same kind of text, once a
 seed. Both are fine-tuned on the demo's five tasks (the seed writes their rows): an adapter a task, and one on all tasks
-together. The test prompts are then answered greedily by each of SYSTEMS. *gap* is (steered - larger) / (fine-tuned -
-larger), in percent: of a system that knows the task, fine-tuned on that task; of others, on all tasks. Two scores:
-`exact`, the greedy answer is the label and nothing else; `rank`, the label is the likeliest of the task's labels as
-first token (every label is one token). Means over seeds ± their standard deviation. Static weights, alpha = 1, are
-proxy-tuning. Each finished job is kept in OUT, so the script resumes; OUT/table.md is written at the end.
+together. The test prompts are then answered greedily by each of SYSTEMS. Two scores: `exact`, the greedy answer is the
+label and nothing else; `rank`, the label is the likeliest of the task's labels as first token (every label is one
+token). *gap closed* is (system - larger) / (fine-tuned larger - larger), in percent, of the means over tasks: for a
+system that knows the task, fine-tuned on that task; for others, on all tasks. Means over seeds ± their standard
+deviation. Static weights, alpha = 1, are proxy-tuning. Each finished job is kept in OUT, so the script resumes;
+OUT/table.md is written at the end.
 """
 
 from __future__ import annotations
@@ -40,8 +41,6 @@ from folklora.stream.run import Run, load_adapters
 from folklora.stream.tasks import Task
 
 TUNED_BY = ("per-task", "multi-task")
-OWN_OPTIONS: dict[str, dict[str, Any]] = {"large": {}, "small": {}}
-"""What differs from the demo's options in fine-tuning."""
 TINY = {"seeds": [0], "steps": 3, "train_rows": 12, "test_rows": 6, "new_tokens": 4, "repeats": 1}
 
 
@@ -132,7 +131,7 @@ def main() -> None:
     options = arguments()
     options.out.mkdir(parents=True, exist_ok=True)
     do([{"kind": "pretrain", "seed": seed} for seed in options.seeds], options)
-    pairs = itertools.product(options.seeds, OWN_OPTIONS)
+    pairs = itertools.product(options.seeds, ("large", "small"))
     do([{"kind": "tune", "size": size, "seed": seed} for seed, size in pairs], options)
     do([{"kind": "score", "seed": seed} for seed in options.seeds], options)
     do([{"kind": "speed", "seed": options.seeds[0], "rows": rows} for rows in options.rows], options, workers=1)
@@ -151,11 +150,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=24, help="texts of a step of pre-training")
     parser.add_argument("--length", type=int, default=128, help="tokens of a text of pre-training")
     parser.add_argument("--rate", type=float, default=4e-3, help="of pre-training")
+    parser.add_argument("--epochs", type=float, default=2.0, help="of fine-tuning either model")
     parser.add_argument("--train-rows", type=int, default=420)
     parser.add_argument("--test-rows", type=int, default=120)
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 16], help="texts generated at once, for the speed")
-    parser.add_argument("--new-tokens", type=int, default=64, help="for the speed")
-    parser.add_argument("--repeats", type=int, default=5, help="for the speed")
+    parser.add_argument("--new-tokens", type=int, default=32, help="for the speed")
+    parser.add_argument("--repeats", type=int, default=3, help="for the speed")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--tiny", action="store_true", help="a few rows and steps, to try the script")
     options = parser.parse_args()
@@ -245,7 +245,7 @@ def tune_job(job: Job, options: argparse.Namespace) -> dict[str, Any]:
         demo_tasks(job["seed"], options.train_rows, options.test_rows),
         TUNED_BY,
         out=out,
-        options={**demo_options(), "evaluate": "last", **OWN_OPTIONS[job["size"]]},
+        options={**demo_options(), "evaluate": "last", "epochs": options.epochs},
         seed=job["seed"],
         resume=(out / "run.json").is_file(),
     )
@@ -359,9 +359,9 @@ def score_lines(options: argparse.Namespace) -> list[str]:
 
 
 def gap(found: list[dict[str, Any]], name: str, metric: str) -> str:
-    if " + " not in name:
+    if name in ("larger", "small") or name.startswith("larger, "):
         return ""
-    bound = "larger, fine-tuned on the task" if "of the task," in name else "larger, fine-tuned on all tasks"
+    bound = "larger, fine-tuned on the task" if "of the task" in name else "larger, fine-tuned on all tasks"
 
     def mean(record: dict[str, Any], system: str) -> float:
         return statistics.mean(record["scores"][system][task][metric] for task in LABELS)
