@@ -33,6 +33,10 @@ OWN_OPTIONS: dict[str, dict[str, Any]] = {
     "replay": {"memory": 0.1},
     "ewc": {"fisher_examples": 8},
     "osft": {"r": None},
+    "lt-sft": {"r": None},
+    "exssnet": {"r": None},
+    "progprompt": {"r": None, "target_modules": None, "prompt_length": 2},
+    "l2p": {"r": None, "target_modules": None, "prompt_length": 2},
     "adapt-infty": {"budget": 16, "pool": 32, "n_clusters": 4, "proj_dim": 256},
     "codyra": {"kappa_max": 0.5},
 }
