@@ -50,16 +50,16 @@ class LayerCall:
         """Whether x is [rows, positions], or [rows, positions, width]; else its tokens are not known to be a row's."""
         return len(self.x) == rows and self.x.dim() == (3 if self.x.is_floating_point() else 2)
 
-    def again(self, row: int, inputs: dict[int, Tensor]) -> Tensor:
-        """The layer's output [1, positions, out] for one row, as a function of the layer's parameters alone.
+    def again(self, rows: slice, inputs: dict[int, Tensor]) -> Tensor:
+        """The layer's output for some rows, computed again as a function of the layer's parameters alone.
 
         Args:
-            row: Which.
-            inputs: The row of each x so far: layers that shared an x in the batch share its row, and their product.
+            rows: Which.
+            inputs: These rows of each x so far: layers that had one x in the batch share them, and their product.
         """
 
         def own(value: Tensor) -> Tensor:
-            return value[row : row + 1].detach()
+            return value[rows].detach()
 
         x = inputs.setdefault(id(self.x), own(self.x))
         blocks = {name: own(entered) for name, entered in self.told["blocks"].items()}
@@ -92,11 +92,11 @@ class ExampleGradients:
         if self.together:
             with recorded([layer for layer in layers if layer.kind in _KINDS]) as calls:
                 answers_of(model, [example])
-            readers = [call.layer for call in calls if call.has_rows(1) and self._reads(call)]
+            readers = [call.layer for call in calls if self._reads(call)]
             self.layers = [layer for layer in layers if layer in holders or layer in readers]
 
     def _reads(self, call: LayerCall) -> bool:
-        y = call.again(0, {})
+        y = call.again(slice(None), {})
         if not y.requires_grad:
             return False
         return any(part is not None for part in torch.autograd.grad(y.sum(), self.parameters, allow_unused=True))
@@ -124,14 +124,17 @@ class ExampleGradients:
         return _flat(gradients).unsqueeze(0), _detached(read)
 
     def _by_row(self, losses: Tensor, calls: Sequence[LayerCall]) -> Tensor:
-        arrived = torch.autograd.grad(losses.sum(), [call.output for call in calls], allow_unused=True)
+        outputs = [call.output for call in calls]
+        arrived = torch.autograd.grad(losses.sum(), outputs, allow_unused=True) if outputs else ()
         used = [(call, grad) for call, grad in zip(calls, arrived, strict=True) if grad is not None]
+        if not used:
+            return torch.zeros(len(losses), sum(parameter.numel() for parameter in self.parameters)).to(losses)
         return torch.stack([self._of_row(row, used) for row in range(len(losses))])
 
     def _of_row(self, row: int, used: Sequence[tuple[LayerCall, Tensor]]) -> Tensor:
-        inputs: dict[int, Tensor] = {}
-        outputs = [call.again(row, inputs) for call, _ in used]
-        arrived = [grad[row : row + 1] for _, grad in used]
+        rows, inputs = slice(row, row + 1), {}
+        outputs = [call.again(rows, inputs) for call, _ in used]
+        arrived = [grad[rows] for _, grad in used]
         return _flat(torch.autograd.grad(outputs, self.parameters, arrived, materialize_grads=True))
 
 
@@ -161,7 +164,13 @@ def _parameters(layer: FolkloraLayer) -> set[int]:
 
 
 def _losses(read: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    return torch.stack([F.cross_entropy(*each) for each in read])
+    losses = torch.stack([F.cross_entropy(*each) for each in read])
+    if not losses.requires_grad:
+        raise ValueError(
+            "an example's loss does not depend on what is trained (a hard choice, say, learns from its penalty alone), "
+            "so that it has no gradient: choose another adapter"
+        )
+    return losses
 
 
 def _detached(read: Sequence[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
