@@ -222,6 +222,9 @@ def test_a_gradient_from_losses_alone():
     assert error.square().sum() < 4 * 7 / probes * slope.square().sum()
     single = torch.cat([part.flatten() for part in zero_order_gradient(loss, parameters, seeded(1))])
     assert (single - slope).norm() > 0.1 * slope.norm(), "one direction is no gradient"
+    two = zero_order_gradient(lambda: torch.stack([loss(), 3 * loss()]), parameters, seeded(1))
+    found = torch.cat([part.flatten(1) for part in two], dim=1)
+    torch.testing.assert_close(found, torch.stack([single, 3 * single]))
 
 
 def brute_force(pool: Tensor, shots: Tensor, count: int, threshold: float) -> list[int]:

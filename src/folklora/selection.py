@@ -329,14 +329,17 @@ def zero_order_gradient(
     Its expectation is the gradient, up to O(ε²); of d numbers its relative squared error is about (d + 1) / probes.
 
     Args:
-        loss: Gives the loss of the parameters as they are, a scalar.
+        loss: Gives the loss of the parameters as they are, a scalar, or several losses [n].
         parameters: θ; they are moved, and are at the end as they were, bit for bit.
         generator: On the device of the parameters.
         probes: How many z are drawn.
         step: ε.
+
+    Returns:
+        One a parameter, of its shape; [n, ...] of several losses, all of them along the same z.
     """
     start = [parameter.clone() for parameter in parameters]
-    total = [torch.zeros_like(parameter) for parameter in parameters]
+    total: list[Tensor | float] = [0.0] * len(start)
     for _ in range(probes):
         z = [torch.randn(p.shape, generator=generator, device=p.device, dtype=p.dtype) for p in parameters]
         values = []
@@ -345,8 +348,8 @@ def zero_order_gradient(
                 parameter.copy_(own + way * direction)
             values.append(loss())
         slope = (values[0] - values[1]) / (2 * step)
-        for part, direction in zip(total, z, strict=True):
-            part += slope * direction / probes
+        for i, direction in enumerate(z):
+            total[i] = total[i] + slope.view(*slope.shape, *[1] * direction.dim()) * direction / probes
     for parameter, own in zip(parameters, start, strict=True):
         parameter.copy_(own)
     return total

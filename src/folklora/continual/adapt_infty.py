@@ -38,7 +38,8 @@ class AdaptInfty(ContinualMethod):
     5. Training: `budget` examples of P_t in all, shared out likewise; in each cluster drawn evenly over the range of
        its selector's score, the 5 % at either end left out (CCS).
     So the old examples that are trained again are chosen by what the model finds of them now. Each task costs a
-    forward and backward pass of one example over pool + new data, and one more forward pass for "grounding".
+    forward pass over pool + new data and a backward pass down to the block, in batches, and the block's adapted layers
+    once more for each example; "grounding" adds a forward pass for each answer that a task's examples differ in.
 
     The paper is about images, and its own score, image grounding, is the perplexity without the image over that with
     it. "grounding" is the same for text: a task's prompts without what differs between them, that is the template

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
@@ -45,7 +47,31 @@ def answer_of(
         example: Encoded as in training.
         max_length: As in training.
     """
+    (read,) = answers_of(model, [encode(tokenizer, example, max_length, bool(model.config.is_encoder_decoder))])
+    return read
+
+
+def answers_of(model: PeftModel, rows: Sequence[Mapping[str, Sequence[int]]]) -> list[tuple[Tensor, Tensor]]:
+    """What `answer_of` gives of each of several examples, from one call; shorter ones are padded on the right.
+
+    Args:
+        model: It is run once, in the mode that it is in.
+        rows: The examples as `encode` gives them, all for this kind of model.
+    """
     two_sided = bool(model.config.is_encoder_decoder)
-    row = encode(tokenizer, example, max_length, two_sided)
-    batch = {key: torch.tensor([values], device=model.device) for key, values in row.items()}
-    return at_answers(model(**batch).logits, batch["labels"], encoder_decoder=two_sided)
+    labels = _padded([row["labels"] for row in rows], IGNORED, model.device)
+    batch = {"input_ids": _padded([row["input_ids"] for row in rows], 0, model.device), "labels": labels}
+    for key, side in (("attention_mask", "input_ids"), ("decoder_attention_mask", "labels")):
+        lengths = {len(row[side]) for row in rows}
+        if len(lengths) > 1 and (two_sided or side == "input_ids"):
+            batch[key] = _padded([[1] * len(row[side]) for row in rows], 0, model.device)
+    read = at_answers(model(**batch).logits, labels, encoder_decoder=two_sided)
+    # counted here, where the device need not be waited for
+    counts = [sum(label != IGNORED for label in row["labels"][0 if two_sided else 1 :]) for row in rows]
+    logits, answers = (part.split(counts) for part in read)
+    return list(zip(logits, answers, strict=True))
+
+
+def _padded(rows: Sequence[Sequence[int]], blank: int, device: torch.device) -> Tensor:
+    longest = max(map(len, rows))
+    return torch.tensor([[*row, *[blank] * (longest - len(row))] for row in rows], device=device)

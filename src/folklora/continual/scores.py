@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -15,13 +16,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from folklora.adapters.host.blocks import block_of
-from folklora.continual.answers import answer_of
+from folklora.continual.answers import answers_of
+from folklora.continual.per_example import ExampleGradients, Row
 from folklora.selection import random_projection, zero_order_gradient
 from folklora.stream.tasks import Example
+from folklora.stream.tokens import encode
 
 SCORES = ("perplexity", "el2n", "entropy", "grand", "grounding")
 VECTORS = ("gradient", "sign", "zero-order")
-# numbers of unprojected gradients that are held at once
+# about how many numbers of unprojected gradients are held at once
 _HELD = 2**26
 
 
@@ -50,6 +53,7 @@ class Measure:
         block: Number of the block of layers whose trained parameters the gradient is of; None takes the middle one.
         probes: Directions of the estimate.
         seed: Of the projection and of the directions, which are the same for all examples.
+        tokens: Of a batch, with its padding; an example that is longer is one by itself.
     """
 
     max_length: int
@@ -58,6 +62,8 @@ class Measure:
     block: int | None = None
     probes: int = 16
     seed: int = 0
+    # eight of the longest examples that the stream reads by default, half of what training reads at once
+    tokens: int = 4096
 
     def of(
         self,
@@ -66,7 +72,7 @@ class Measure:
         examples: Sequence[Example],
         without: Sequence[Example | None],
     ) -> Measured:
-        """Measure examples with a model as it is, one forward and backward pass each, in evaluation mode.
+        """Measure examples with a model as it is, in evaluation mode and in batches of like length.
 
         Args:
             model: With its adapters; its own mode is restored.
@@ -74,68 +80,82 @@ class Measure:
             examples: What to measure.
             without: Each example without its passage, for "grounding"; None where there is no such thing.
         """
+        two_sided = bool(model.config.is_encoder_decoder)
         parameters = block_parameters(model, self.block)
-        size = sum(parameter.numel() for parameter in parameters)
-        scores: dict[str, list[float]] = {name: [] for name in SCORES}
-        found, held = [], []
+        # a task's examples have one question, and so differ in their answers alone
+        bare = list(dict.fromkeys(example for example in without if example is not None))
+        rows, bare_rows = (
+            [encode(tokenizer, example, self.max_length, two_sided) for example in some] for some in (examples, bare)
+        )
         training = model.training
         model.eval()
         try:
-            for example, bare in zip(examples, without, strict=True):
-                gradient, own = self._one(model, tokenizer, example, bare, parameters)
-                held.append(gradient)
-                for name, value in own.items():
-                    scores[name].append(value)
-                if len(held) * size >= _HELD:
-                    found.append(self._projected(torch.stack(held)))
-                    held = []
+            alone = dict(zip(bare, self._perplexities(model, bare_rows), strict=True))
+            vectors, scores = self._measured(model, rows, parameters)
         finally:
             model.train(training)
-        if held:
-            found.append(self._projected(torch.stack(held)))
-        vectors = torch.cat(found) if found else torch.zeros(0, min(size, self.width))
-        return Measured(vectors, {name: torch.tensor(values).double() for name, values in scores.items()})
+        blind = torch.tensor([alone.get(example, math.nan) for example in without], dtype=torch.float64)
+        scores["grounding"] = (blind - scores["perplexity"]).exp()
+        return Measured(vectors, {name: scores[name] for name in SCORES})
 
-    def _one(
-        self,
-        model: PeftModel,
-        tokenizer: PreTrainedTokenizerBase,
-        example: Example,
-        bare: Example | None,
-        parameters: list[nn.Parameter],
-    ) -> tuple[Tensor, dict[str, float]]:
-        """The gradient, flat, and the scores of one example."""
-        read = answer_of(model, tokenizer, example, self.max_length)
-        if self.vectors == "zero-order":
-            gradients = self._estimated(model, tokenizer, example, parameters)
-        else:
-            gradients = torch.autograd.grad(F.cross_entropy(*read), parameters, materialize_grads=True)
-        gradient = torch.cat([part.flatten().float() for part in gradients]).nan_to_num()
-        logits, answer = (part.detach() for part in read)
-        perplexity, alone = log_perplexity(logits, answer), math.nan
-        if bare is not None:
-            with torch.no_grad():
-                alone = log_perplexity(*answer_of(model, tokenizer, bare, self.max_length))
-        return gradient, {
-            "perplexity": perplexity,
-            "el2n": el2n(logits, answer),
-            "entropy": token_entropy(logits),
-            "grand": float(gradient.norm()),
-            "grounding": math.exp(alone - perplexity),
-        }
+    def _measured(
+        self, model: PeftModel, rows: Sequence[Row], parameters: list[nn.Parameter]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The vectors and the scores, but for "grounding"."""
+        size = sum(parameter.numel() for parameter in parameters)
+        if not rows:
+            return torch.zeros(0, min(size, self.width)), {name: torch.zeros(0).double() for name in SCORES}
+        read_gradients = partial(self._estimated, model, parameters)
+        if self.vectors != "zero-order":
+            read_gradients = ExampleGradients(model, parameters, rows[0])
+        batches = self._batches(rows, max(1, _HELD // size))
+        found, scores, held = [], [], []
+        for batch in batches:
+            gradients, read = read_gradients([rows[i] for i in batch])
+            held.append(gradients.nan_to_num())
+            scores.append(_scores(read, held[-1]))
+            if sum(map(len, held)) * size >= _HELD or batch is batches[-1]:
+                found.append(self._projected(torch.cat(held)))
+                held = []
+        order = torch.tensor([i for batch in batches for i in batch]).argsort()
+        return torch.cat(found)[order], {name: torch.cat([own[name] for own in scores])[order] for name in scores[0]}
 
+    def _batches(self, rows: Sequence[Row], most: int) -> list[list[int]]:
+        """The numbers of the rows, at most so many together, those of like length."""
+        batches: list[list[int]] = []
+        for i in sorted(range(len(rows)), key=lambda i: (len(rows[i]["input_ids"]), len(rows[i]["labels"]))):
+            longest = max(len(rows[i]["input_ids"]), len(rows[i]["labels"]))
+            room = min(most, self.tokens // longest)
+            if batches and len(batches[-1]) < room:
+                batches[-1].append(i)
+            else:
+                batches.append([i])
+        return batches
+
+    @torch.no_grad()
+    def _perplexities(self, model: PeftModel, rows: Sequence[Row]) -> list[float]:
+        """The logs of them."""
+        found = [math.nan] * len(rows)
+        for batch in self._batches(rows, len(rows)):
+            read = answers_of(model, [rows[i] for i in batch])
+            values = torch.stack([log_perplexity(*each) for each in read]).tolist()
+            for i, value in zip(batch, values, strict=True):
+                found[i] = value
+        return found
+
+    @torch.no_grad()
     def _estimated(
-        self,
-        model: PeftModel,
-        tokenizer: PreTrainedTokenizerBase,
-        example: Example,
-        parameters: list[nn.Parameter],
-    ) -> list[Tensor]:
-        def loss() -> Tensor:
-            return F.cross_entropy(*answer_of(model, tokenizer, example, self.max_length))
+        self, model: PeftModel, parameters: list[nn.Parameter], rows: Sequence[Row]
+    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        """The gradients of the rows, [rows, numbers of all parameters], and what is read of their answers."""
 
+        def losses() -> Tensor:
+            return torch.stack([F.cross_entropy(*each) for each in answers_of(model, rows)])
+
+        # the same directions for all examples
         generator = torch.Generator(parameters[0].device).manual_seed(self.seed)
-        return zero_order_gradient(loss, parameters, generator, probes=self.probes)
+        parts = zero_order_gradient(losses, parameters, generator, probes=self.probes)
+        return torch.cat([part.flatten(1).float() for part in parts], dim=1), answers_of(model, rows)
 
     def _projected(self, gradients: Tensor) -> Tensor:
         if self.vectors == "sign":
@@ -145,7 +165,18 @@ class Measure:
         return F.normalize(gradients, dim=1).cpu()
 
 
-def log_perplexity(logits: Tensor, answer: Tensor) -> float:
+def _scores(read: Sequence[tuple[Tensor, Tensor]], gradients: Tensor) -> dict[str, Tensor]:
+    """What is read of each row of a batch, [rows] float64 on the CPU."""
+    found = {
+        "perplexity": torch.stack([log_perplexity(*each) for each in read]),
+        "el2n": torch.stack([el2n(*each) for each in read]),
+        "entropy": torch.stack([token_entropy(logits) for logits, _ in read]),
+        "grand": gradients.norm(dim=1),
+    }
+    return {name: values.double().cpu() for name, values in found.items()}
+
+
+def log_perplexity(logits: Tensor, answer: Tensor) -> Tensor:
     """log of the mean of 1 / p over the answer's tokens, as the code of Adapt-∞ has it (not the mean of log 1 / p).
 
     Args:
@@ -153,10 +184,10 @@ def log_perplexity(logits: Tensor, answer: Tensor) -> float:
         answer: The tokens [n].
     """
     losses = F.cross_entropy(logits, answer, reduction="none").double()
-    return float(losses.logsumexp(0)) - math.log(len(losses))
+    return losses.logsumexp(0) - math.log(len(losses))
 
 
-def el2n(logits: Tensor, answer: Tensor) -> float:
+def el2n(logits: Tensor, answer: Tensor) -> Tensor:
     """The mean over the answer's tokens of ‖onehot(y) - softmax(z)‖₂: 0 where all are certain, √2 where wrongly so.
 
     Args:
@@ -164,13 +195,13 @@ def el2n(logits: Tensor, answer: Tensor) -> float:
         answer: y [n].
     """
     missed = F.one_hot(answer, logits.shape[1]) - logits.softmax(-1)
-    return float(missed.norm(dim=-1).mean())
+    return missed.norm(dim=-1).mean()
 
 
-def token_entropy(logits: Tensor) -> float:
+def token_entropy(logits: Tensor) -> Tensor:
     """The mean over positions of the entropy (nats) of the model's distribution, from logits [n, vocabulary]."""
     log_p = logits.log_softmax(-1)
-    return float(-(log_p.exp() * log_p).sum(-1).mean())
+    return -(log_p.exp() * log_p).sum(-1).mean()
 
 
 def block_parameters(model: PeftModel, number: int | None = None) -> list[nn.Parameter]:

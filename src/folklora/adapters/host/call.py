@@ -310,10 +310,11 @@ class _Remembering:
 
     def __call__(self, function: Any, *args: Any, **kwargs: Any) -> Any:
         told = dict(vars(self.context))
-        return self.checkpoint(partial(_told, self.context, told, function), *args, **kwargs)
+        return self.checkpoint(partial(as_told, self.context, told, function), *args, **kwargs)
 
 
-def _told(context: CallContext, told: dict[str, Any], function: Any, *args: Any, **kwargs: Any) -> Any:
+def as_told(context: CallContext, told: dict[str, Any], function: Any, *args: Any, **kwargs: Any) -> Any:
+    """What a function gives while a context says what it said at another time, `dict(vars(context))` of then."""
     now = dict(vars(context))
     vars(context).update(told)
     try:
