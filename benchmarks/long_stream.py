@@ -250,32 +250,36 @@ def middle(rows: list[dict[str, float]], key: str) -> float:
 
 
 def plot(path: Path, found: list[dict[str, Any]]) -> None:
-    """Six panels by task: the times, memory above the start, and stored parameters."""
+    """Three panels by task: the processor's seconds (median of five tasks), memory above the start, stored numbers."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     matplotlib.rcParams.update({"svg.hashsalt": "folklora", "font.size": 8})
-    panels = {
-        "prepare, s": lambda row, first: row["prepare_seconds"],
-        "train, s": lambda row, first: row["train_seconds"],
-        "finish and save, s": lambda row, first: row["finish_seconds"] + row["save_seconds"],
-        "evaluate, s": lambda row, first: row["evaluate_seconds"],
-        "resident memory above that after task 1, MiB": lambda row, first: (row["memory"] - first["memory"]) / 2**20,
-        "stored, MiB of float32": lambda row, first: 4 * row["stored_parameters"] / 2**20,
-    }
-    figure, axes = pyplot.subplots(2, 3, figsize=(12, 6), constrained_layout=True)
-    for axis, (title, value) in zip(axes.flat, panels.items(), strict=True):
-        for i, record in enumerate(found):
-            rows = record["tasks"]
-            # the first task's preparation holds the base model's own evaluation
-            points = [(k, value(row, rows[0])) for k, row in enumerate(rows, start=1) if k > 1]
-            style = ("-", "--", ":")[i // 10 % 3]
-            axis.plot(*zip(*points, strict=True), style, color=f"C{i % 10}", linewidth=1, label=record["method"])
+    figure, axes = pyplot.subplots(1, 3, figsize=(12, 4), constrained_layout=True)
+    for i, record in enumerate(found):
+        rows, look = (
+            record["tasks"],
+            {"linestyle": ("-", "--", ":")[i // 10 % 3], "color": f"C{i % 10}", "linewidth": 1},
+        )
+        columns = {
+            "processor": [row.get("processor_seconds") for row in rows],
+            "memory": [(row["memory"] - rows[0]["memory"]) / 2**20 for row in rows],
+            "stored": [4 * row["stored_parameters"] / 2**20 for row in rows],
+        }
+        if None in columns["processor"]:
+            columns["processor"] = []
+        columns["processor"] = [
+            statistics.median(columns["processor"][k - 5 : k]) for k in range(6, len(columns["processor"]) + 1)
+        ]
+        for axis, values in zip(axes, columns.values(), strict=True):
+            axis.plot(range(len(rows) - len(values) + 1, len(rows) + 1), values, label=record["method"], **look)
+    titles = ("processor, s", "resident memory above that after task 1, MiB", "stored, MiB of float32")
+    for axis, title in zip(axes, titles, strict=True):
         axis.set(title=title, xlabel="task")
         axis.set_ylim(bottom=0)
-    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=8, frameon=False)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=8, frameon=False)
     figure.savefig(path, metadata={"Date": None})
     pyplot.close(figure)
 
