@@ -277,8 +277,8 @@ def plot(path: Path, found: list[dict[str, Any]]) -> None:
             axis.plot(range(len(rows) - len(values) + 1, len(rows) + 1), values, label=record["method"], **look)
     titles = ("processor, s", "resident memory above that after task 1, MiB", "stored, MiB of float32")
     for axis, title in zip(axes, titles, strict=True):
-        axis.set(title=title, xlabel="task")
-        axis.set_ylim(bottom=0)
+        # some methods hold a hundred times what others do
+        axis.set(title=title, xlabel="task", yscale="log")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=8, frameon=False)
     figure.savefig(path, metadata={"Date": None})
     pyplot.close(figure)
