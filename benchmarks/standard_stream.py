@@ -51,6 +51,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
 ORDER_FREE = ("per-task", "multi-task")
 # prompts are trained at other rates than weights
 RATES: dict[str, list[float]] = {"progprompt": [3e-3, 3e-2, 3e-1], "l2p": [3e-3, 3e-2, 3e-1]}
+MEASURES = ("average_accuracy", "backward_transfer", "forward_transfer", "learning_accuracy")
 LONGEST_TEXT = 1200  # characters; the question around the text is never cut
 
 
@@ -175,63 +176,49 @@ def load_order(options: argparse.Namespace, order: str, *, named: bool) -> list[
 
 
 def write_tables(options: argparse.Namespace) -> None:
-    """Mean and spread over seeds within an order, then the mean over orders."""
+    """Each order's mean and spread over the seeds; then, of each seed's mean over its orders, mean and spread."""
     runs, best = records(options.out, "run"), best_rates(options)
-    lines = [
-        "| prompt | method | learning rate | "
-        + " | ".join(o.replace("order", "order ") for o in options.orders)
-        + " | average accuracy | backward transfer | forgetting | learning accuracy | trained / stored | s |",
-        "|" + " --- |" * (9 + len(options.orders)),
-    ]
+    titles = ["method", "learning rate", *(name.replace("order", "order ") for name in options.orders)]
+    titles += [*(measure.replace("_", " ") for measure in MEASURES), "trained", "stored", "s"]
     summary = []
-    for names, method in itertools.product(options.names, options.methods):
-        own = [r for r in runs if (r["names"], r["method"]) == (names, method)]
-        if not own:
-            continue
-        row = summarise(own, options.orders)
-        summary.append({"names": names, "method": method, "rate": own[0]["rate"], **row})
-        cells = [_spread(row["orders"].get(order)) for order in options.orders]
-        entry = own[0]["entry"]
-        lines.append(
-            f"| {names} | {method} | {own[0]['rate']:g} | "
-            + " | ".join(cells)
-            + f" | {_number(row['average_accuracy'])} "
-            f"| {_number(row['backward_transfer'])} | {_number(row['forgetting'])} "
-            f"| {_number(row['learning_accuracy'])} | {entry['trainable_parameters']:,} / "
-            f"{entry['stored_parameters']:,} | {row['seconds']:.0f} |"
-        )
+    for names in options.names:
+        rows = []
+        for method in options.methods:
+            own = [r for r in runs if (r["names"], r["method"]) == (names, method) and r["order"] in options.orders]
+            if own:
+                rows.append(row_of(method, own, options.orders))
+                summary.append({"names": names, "method": method, "rate": own[0]["rate"], **summarise(own)})
+        if rows:
+            rules = ["---", *("--:" for _ in titles[1:])]
+            print(f"\n{names}\n", *(f"| {' | '.join(cells)} |" for cells in (titles, rules, *rows)), sep="\n")
     tuned = [{"method": method, "rate": rate, "validation": score} for method, (rate, score) in best.items()]
     (options.out / "summary.json").write_text(json.dumps({"runs": summary, "tuned": tuned}, indent=1))
-    print("\n".join(lines))
 
 
-def summarise(own: list[dict[str, Any]], orders: list[str]) -> dict[str, Any]:
-    per_order: dict[str, list[float]] = {}
-    for order in orders:
-        scores = [r["entry"]["average_accuracy"] for r in own if r["order"] == order]
-        if scores:
-            per_order[order] = scores
-    row: dict[str, Any] = {"orders": per_order, "count": len(own)}
-    row["average_accuracy"] = statistics.mean(statistics.mean(scores) for scores in per_order.values())
-    for key in ("backward_transfer", "forgetting", "learning_accuracy"):
-        by_order = [[r["entry"][key] for r in own if r["order"] == order] for order in per_order]
-        row[key] = (
-            None
-            if any(v is None for scores in by_order for v in scores)
-            else statistics.mean(statistics.mean(scores) for scores in by_order)
-        )
-    row["seconds"] = statistics.mean(r["entry"]["seconds"] for r in own)
-    return row
+def row_of(method: str, own: list[dict[str, Any]], orders: list[str]) -> list[str]:
+    by_order = ([r["entry"]["average_accuracy"] for r in own if r["order"] == order] for order in orders)
+    counted = ("trainable_parameters", "stored_parameters", "seconds")
+    sizes = [f"{statistics.mean(r['entry'][key] for r in own):,.0f}" for key in counted]
+    over = summarise(own)
+    means = ["–" if over[measure] is None else _spread(over[measure]) for measure in MEASURES]
+    return [method, f"{own[0]['rate']:g}", *map(_spread, by_order), *means, *sizes]
 
 
-def _spread(scores: list[float] | None) -> str:
+def summarise(own: list[dict[str, Any]]) -> dict[str, list[float] | None]:
+    """Measure → each seed's mean over its orders; None where a method has no such measure."""
+    seeds = sorted({r["seed"] for r in own})
+    found: dict[str, list[float] | None] = {}
+    for measure in MEASURES:
+        values = [[r["entry"].get(measure) for r in own if r["seed"] == seed] for seed in seeds]
+        known = all(value is not None for seed in values for value in seed)
+        found[measure] = [statistics.mean(seed) for seed in values] if known else None
+    return found
+
+
+def _spread(scores: list[float]) -> str:
     if not scores:
-        return "–"
+        return ""
     return f"{statistics.mean(scores):.1f} ± {statistics.stdev(scores):.1f}" if len(scores) > 1 else f"{scores[0]:.1f}"
-
-
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.1f}"
 
 
 if __name__ == "__main__":
