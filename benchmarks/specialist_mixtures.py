@@ -51,7 +51,7 @@ def chosen(mixture: str, axis: Tensor, seed: int, options: argparse.Namespace) -
 
 def best_rewarded(rewards: Tensor, share: float, generator: torch.Generator) -> Tensor:
     """The rows with the largest sum of all tasks' rewards, each task's in units of its standard deviation."""
-    weight = (1 / rewards.std(0).clamp_min(torch.finfo(rewards.dtype).tiny)).tolist()
+    weight = (1 / rewards.std(0).clamp_min(1e-6)).tolist()
     return by_reward(rewards, share, weight=weight)
 
 
