@@ -51,7 +51,7 @@ CONFIGURATIONS: dict[str, list[dict[str, Any]]] = {
     "tsv-m": NEAR_ONE,
     "tsv-m, equal norms": NEAR_ONE,
     "r-tsvm": NEAR_ONE,
-    "r-tsvm, small λ": [{"lambda_": value} for value in (0.1, 0.2, 0.3, 0.4, 0.5)],
+    "r-tsvm, small scale": [{"lambda_": value} for value in (0.1, 0.2, 0.3, 0.4, 0.5)],
     "r-tsvm, rank alone": _each(NEAR_ONE, outlier_mode="off"),
     "r-tsvm, weights alone": _each(NEAR_ONE, rank_gamma=0.0),
     "r-tsvm, share": _each(NEAR_ONE, weight_measure="share"),

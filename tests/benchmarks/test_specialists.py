@@ -100,6 +100,7 @@ def test_every_contender_is_a_method_with_options_that_it_has(merging):
     factories = {method.name: method.factory for method in folklora.methods("merge")}
     for contender, settings in merging.CONFIGURATIONS.items():
         assert 1 <= len(settings) <= 5, contender
+        assert contender.isascii()
         if contender == "atlas":
             continue
         factory = factories[merging.method_of({"method": contender})]
@@ -162,7 +163,7 @@ def test_the_r_tsvm_contenders_differ_from_one_another_and_both_off_is_tsv_m(mer
             setting = {"lambda_": 1.0}
         found.append(merging.scaled(parts_of(merging), setting, {"method": name, "seed": 0}, options)["a.weight"])
     pairs = [{names[i], names[j]} for i in range(len(names)) for j in range(i) if torch.allclose(found[i], found[j])]
-    assert pairs == [{"r-tsvm", "r-tsvm, small λ"}]
+    assert pairs == [{"r-tsvm", "r-tsvm, small scale"}]
     off = {"lambda_": 1.0, "outlier_mode": "off", "rank_gamma": 0.0}
     both = merging.scaled(parts_of(merging), off, {"method": "r-tsvm", "seed": 0}, options)["a.weight"]
     assert torch.equal(both, found[names.index("tsv-m")])
