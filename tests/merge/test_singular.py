@@ -207,16 +207,54 @@ def test_r_tsvm_without_its_parts_is_tsv_m_bit_for_bit(tasks, shape):
 def test_r_tsvms_weights_are_shares_of_the_outliers(normal):
     changes = [normal(20, 10, seed=seed) for seed in range(3)]
     changes[1][3, 4] = 30.0
-    weights = task_weights(changes, 3.0, "matrix")
+    weights = task_weights(changes, 3.0, "matrix").flatten().tolist()
     assert abs(sum(weights) - 1) < 1e-12
     assert weights[1] == max(weights)
-    assert task_weights([changes[i] for i in (2, 0, 1)], 3.0, "matrix") == [weights[i] for i in (2, 0, 1)]
-    magnitude = changes[1].abs()
-    outlying = magnitude[magnitude > magnitude.mean() + 3 * magnitude.std(correction=0)].sum()
-    assert abs(weights[1] / weights[0] * float(task_sum(changes[0])) - float(outlying)) < 1e-3
+    assert task_weights([changes[i] for i in (2, 0, 1)], 3.0, "matrix").flatten().tolist() == [
+        weights[i] for i in (2, 0, 1)
+    ]
+    sums = [float(task_sum(change)) for change in changes]
+    assert weights == pytest.approx([value / sum(sums) for value in sums])
     flat = [torch.ones(4, 4), -torch.ones(4, 4)]
-    assert task_weights(flat, 3.0, "matrix") == [0.5, 0.5]
-    assert task_weights(changes, 2.0, "row") != task_weights(changes, 2.0, "matrix")
+    assert task_weights(flat, 3.0, "matrix").flatten().tolist() == [0.5, 0.5]
+    assert not torch.equal(task_weights(changes, 2.0, "row"), task_weights(changes, 2.0, "matrix"))
+
+
+def test_r_tsvms_weights_by_share_do_not_depend_on_how_far_a_task_moved(normal):
+    changes = [normal(20, 10, seed=seed) for seed in range(3)]
+    scaled = [changes[0], 16 * changes[1], changes[2]]
+    before, after = (task_weights(found, 2.0, "matrix", measure="share") for found in (changes, scaled))
+    torch.testing.assert_close(after, before)
+    totals = [change.abs().sum(dtype=torch.float64) for change in changes]
+    sums = task_weights(changes, 2.0, "matrix").flatten() / torch.stack(totals)
+    torch.testing.assert_close(before.flatten(), sums / sums.sum())
+    assert task_weights(scaled, 2.0, "matrix").flatten()[1] > 0.8
+
+
+def test_r_tsvms_weights_of_rows_are_shares_of_each_row(normal):
+    changes = [normal(20, 10, seed=seed) for seed in range(3)]
+    changes[2][7] = 0
+    weights = task_weights(changes, 2.0, "row", of="row")
+    assert weights.shape == (3, 20, 1)
+    torch.testing.assert_close(weights.sum(0), torch.ones(20, 1, dtype=torch.float64))
+    for row in range(20):
+        expected = task_weights([change[row : row + 1] for change in changes], 2.0, "matrix").flatten()
+        torch.testing.assert_close(weights[:, row].flatten(), expected)
+
+
+def test_r_tsvm_weighs_against_outliers(normal):
+    base = torch.zeros(20, 10, dtype=torch.float64)
+    changes = [normal(20, 10, seed=seed, dtype=torch.float64) for seed in range(3)]
+    weights = (1 / task_weights(changes, 2.0, "matrix")).flatten()
+    factors = (3 * weights / weights.sum()).tolist()
+    options = {"outlier_sigma": 2.0, "rank_gamma": 0.0, "weight_limit": 1e3}
+    merged = r_tsvm(changes, base, outlier_mode="inverse", **options)
+    expected = tsv_m([change * factor for change, factor in zip(changes, factors, strict=True)], base)
+    torch.testing.assert_close(merged, expected, **EXACT)
+    # the task that is spoilt by one entry, and no more the others
+    changes[1][3, 4] = 1e3
+    merged = r_tsvm(changes, base, outlier_mode="inverse", **{**options, "weight_limit": 2.0})
+    assert torch.linalg.svdvals(merged)[0] < 0.51e3
 
 
 def task_sum(change: Tensor) -> Tensor:

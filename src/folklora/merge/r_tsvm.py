@@ -12,6 +12,8 @@ from folklora.merge.contract import merging
 from folklora.merge.deltas import deltas, mean
 from folklora.merge.singular import leading, orthogonalised
 
+_TINY = torch.finfo(torch.float64).tiny
+
 
 @merging(
     paper="Yang et al. 2025, arXiv 2502.06876",
@@ -21,9 +23,11 @@ def r_tsvm(
     models: Sequence[Tensor],
     base: Tensor,
     *,
-    outlier_mode: Literal["reweight", "clip", "zero", "off"] = "reweight",
+    outlier_mode: Literal["reweight", "inverse", "clip", "zero", "off"] = "reweight",
     outlier_sigma: float = 3.0,
     outlier_scope: Literal["matrix", "row"] = "matrix",
+    weight_measure: Literal["sum", "share"] = "sum",
+    weight_scope: Literal["matrix", "row"] = "matrix",
     weight_limit: float = 2.0,
     rank_rule: Literal["power", "linear"] = "power",
     rank_gamma: float = 1.0,
@@ -37,7 +41,10 @@ def r_tsvm(
     ours and every choice an option. D_t = θ_t - θ_0 [m, n], q = min(m, n).
         outliers   O_t = {|D_t| > mean |D_t| + c · std |D_t|}, of the matrix or of each row
         reweight   a_t = Σ_{O_t} |D_t|,  ω_t = a_t / Σ_s a_s (1/T where all are 0);  D̃_t = T ω_t D_t, the factor T ω_t
-                   held within 1/limit and limit
+                   held within 1/limit and limit; by measure, a_t is that sum or its share of Σ |D_t|, which does not
+                   depend on how far a task moved; by scope, it is of the matrix or of each row
+        inverse    the same with ω_t = (1 / a_t) / Σ_s (1 / a_s): outliers are noise, and tasks that have most of them
+                   count least
         clip, zero the outliers are cut to the threshold, or dropped, and no task is weighted
         sparsity   Ω = the mean over t of the fraction of |D_t| ≤ ε · max |D_t|
         rank       power: k = max(1, int((1 - Ω)^γ q / T));  linear: k = q / T · (1 + γ (1 - 2Ω)), within 1 and q / T
@@ -67,9 +74,12 @@ def r_tsvm(
         print(torch.linalg.svdvals(r_tsvm(models, base, outlier_mode="clip")))
 
     Args:
-        outlier_mode: What outliers are for: to weight the tasks, to be cut, to be dropped, or nothing.
+        outlier_mode: What outliers are for: to weight the tasks by them or against them, to be cut, to be dropped, or
+            nothing.
         outlier_sigma: c, how many standard deviations above the mean an outlier is.
         outlier_scope: Whether mean and deviation are of the matrix or of each row.
+        weight_measure: Whether a_t is the sum of the outliers' magnitudes or its share of all magnitudes.
+        weight_scope: Whether a task has one weight for the matrix or one for each row.
         weight_limit: The largest factor by which a task is weighted; the least is one over it.
         rank_rule: Which of the two formulas gives the rank.
         rank_gamma: γ, how strongly the rank follows the sparsity; 0 keeps int(q / T).
@@ -83,9 +93,11 @@ def r_tsvm(
         return base + lambda_ * mean(changes)
     share = sparsity(changes, sparsity_eps, sparsity_scale)
     count = layer_rank(most, min(base.shape) / len(models), share, rank_gamma, rank_rule)
-    if outlier_mode == "reweight":
-        weights = task_weights(changes, outlier_sigma, outlier_scope)
-        factors = [max(1 / weight_limit, min(weight_limit, len(changes) * weight)) for weight in weights]
+    if outlier_mode in ("reweight", "inverse"):
+        weights = task_weights(changes, outlier_sigma, outlier_scope, measure=weight_measure, of=weight_scope)
+        if outlier_mode == "inverse":
+            weights = _inverse(weights)
+        factors = (len(changes) * weights).clamp(1 / weight_limit, weight_limit).to(base.dtype)
         changes = [change * factor for change, factor in zip(changes, factors, strict=True)]
     elif outlier_mode != "off":
         changes = [_mitigated(change, outlier_sigma, outlier_scope, outlier_mode) for change in changes]
@@ -93,14 +105,31 @@ def r_tsvm(
     return base + lambda_ * merged.dense().to(base.dtype)
 
 
-def task_weights(changes: Sequence[Tensor], sigma: float, scope: str) -> list[float]:
-    """ω_t, each task's share of the sum of all outliers' magnitudes; equal ones where there are none."""
-    sums = []
+def task_weights(
+    changes: Sequence[Tensor], sigma: float, scope: str, *, measure: str = "sum", of: str = "matrix"
+) -> Tensor:
+    """ω_t, each task's share of all tasks' outliers; equal ones where there are none.
+
+    Args:
+        changes: D_t [m, n].
+        sigma: c.
+        scope: Of the thresholds, "matrix" or "row".
+        measure: "sum", or "share": the sum of the outliers' magnitudes divided by that of all.
+        of: "matrix" or "row".
+
+    Returns:
+        [T, 1, 1], or [T, m, 1] of rows, in float64.
+    """
+    dim = -1 if of == "row" else (0, 1)
+    found = []
     for change in changes:
         magnitude = change.abs()
-        sums.append(float((magnitude * (magnitude > _threshold(magnitude, sigma, scope))).sum(dtype=torch.float64)))
-    total = sum(sums)
-    return [value / total if total else 1 / len(sums) for value in sums]
+        outlying = magnitude * (magnitude > _threshold(magnitude, sigma, scope))
+        amount = outlying.sum(dim, keepdim=True, dtype=torch.float64)
+        if measure == "share":
+            amount = amount / magnitude.sum(dim, keepdim=True, dtype=torch.float64).clamp_min(_TINY)
+        found.append(amount)
+    return _shares(torch.stack(found))
 
 
 def sparsity(changes: Sequence[Tensor], eps: float, scale: str) -> float:
@@ -123,6 +152,16 @@ def layer_rank(most: int, quotient: float, share: float, gamma: float, rule: str
     if rule == "power":
         return max(1, min(most, int((1 - share) ** gamma * quotient)))
     return max(1, min(most, round(quotient * (1 + gamma * (1 - 2 * share)))))
+
+
+def _shares(amounts: Tensor) -> Tensor:
+    total = amounts.sum(0)
+    return torch.where(total > 0, amounts / total.clamp_min(_TINY), 1 / len(amounts))
+
+
+def _inverse(weights: Tensor) -> Tensor:
+    # a task without outliers is weighted as one that has a billionth of them
+    return _shares(1 / weights.clamp_min(1e-9))
 
 
 def _threshold(magnitude: Tensor, sigma: float, scope: str) -> Tensor:
