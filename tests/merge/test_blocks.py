@@ -69,7 +69,7 @@ def test_a_merge_by_rows_reads_and_gives_no_more_than_a_block_at_once(normal, ar
     asked = []
 
     class Stored:
-        shape, dtype = base.shape, torch.float32
+        shape, dtype, device = base.shape, torch.float32, base.device
 
         def __init__(self, tensor: torch.Tensor) -> None:
             self.tensor = tensor
