@@ -24,7 +24,7 @@ import shutil
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +33,7 @@ from typing import Any
 import torch
 import yaml
 from merge_checkpoints import SHAPES, difference, keep_part, read_once, write_models
-from merge_processes import GPUMemory, Run, measure
+from merge_processes import GPU, Run, measure
 
 _EACH = {"weight": 0.5}
 _SPARSE = {"weight": 0.5, "density": 0.5}
@@ -106,12 +106,6 @@ def request(root: Path, method: str) -> dict[str, Any]:
     return {**config, "dtype": "float32", "out_dtype": "bfloat16"}
 
 
-def apart(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Call a function in a process of its own: a program that is started has its starter's size as its least peak."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function, *arguments).result()
-
-
 class Bench:
     """The runs of one shape, and the file that they are recorded in."""
 
@@ -119,15 +113,16 @@ class Bench:
         self.asked, self.ends = asked, time.monotonic() + asked.budget_seconds
         self.root = asked.scratch / asked.shape
         self.results = (asked.results or asked.scratch) / f"{asked.shape}-results"
-        self.gpu = GPUMemory() if "cuda" in asked.devices else None
+        self.gpu = GPU() if "cuda" in asked.devices else None
         self.rows: list[dict[str, Any]] = json.loads(asked.out.read_text()) if asked.out.is_file() else []
 
     def row(self, method: str, device: str, name: str) -> dict[str, Any]:
         """The record of a method, device and contender, on this machine and with as many threads as now."""
         key = {
             "shape": self.asked.shape, "device": device, "method": method, "with": name,
-            "machine": _machine("cuda" in self.asked.devices), "threads": torch.get_num_threads(),
+            "machine": f"{platform.machine()}, {os.cpu_count()} cores", "threads": torch.get_num_threads(),
         }  # fmt: skip
+        key |= {"gpu": self.gpu.name()} if self.gpu is not None and device == "cuda" else {}
         found = next((row for row in self.rows if all(row.get(k) == v for k, v in key.items())), None)
         if found is None:
             found = {**key, "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"), "runs": []}
@@ -160,11 +155,10 @@ class Bench:
         programs |= {"mergekit": [self.asked.mergekit, "--help"]} if self.asked.mergekit else {}
         for name, words in programs.items():
             row = self.row("nothing", "cpu", name)
-            # the first start compiles what is imported
-            while len(row["runs"]) < 2:
+            if not row["runs"]:
+                # the first start compiles what is imported
+                measure(words, self.results, self.asked.out.with_suffix(".log"), self.asked.limit_seconds)
                 self.measured(row, words, self.results / "nothing", self.asked.limit_seconds)
-            row["runs"] = row["runs"][-1:]
-        self.save()
 
     def compare(self, method: str, device: str) -> None:
         """One method's runs, and how far Folklora's first contender and mergekit are apart."""
@@ -196,9 +190,9 @@ class Bench:
         if contender.ours and entries is None:
             out.rename(kept)
         elif contender.ours:
-            apart(keep_part, out, kept, entries)
+            keep_part(out, kept, entries)
         elif kept.is_dir():
-            compared["difference"] = apart(difference, kept, out, entries)
+            compared["difference"] = difference(kept, out, entries)
             self.save()
 
     def limit(self, rows: dict[str, dict[str, Any]], contender: Contender) -> float:
@@ -211,11 +205,6 @@ class Bench:
 
 def _mergekit(every: list[Contender]) -> Contender | None:
     return next((contender for contender in every if contender.name == "mergekit"), None)
-
-
-def _machine(with_gpu: bool) -> str:
-    gpu = f", {torch.cuda.get_device_name(0)}" if with_gpu and torch.cuda.is_available() else ""
-    return f"{platform.machine()}, {os.cpu_count()} cores{gpu}"
 
 
 def _cells(row: dict[str, Any]) -> str:
@@ -270,7 +259,9 @@ def main() -> None:
     bench = Bench(asked)
     if not (asked.keep and (bench.root / "b" / "model.safetensors.index.json").is_file()):
         shutil.rmtree(bench.root, ignore_errors=True)
-        apart(write_models, bench.root, asked.shape, "cuda" if "cuda" in asked.devices else "cpu")
+        # a process of its own, with which its share of the GPU's memory ends
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            pool.submit(write_models, bench.root, asked.shape).result()
     bench.results.mkdir(parents=True, exist_ok=True)
     read_once(bench.root)
     try:

@@ -52,9 +52,9 @@ def shapes_of(config: dict[str, Any]) -> list[dict[str, tuple[int, ...]]]:
     return files
 
 
-def write_models(root: Path, shape: str, device: str) -> None:
-    """Write base, a and b, drawn on a device: of 8b, a CPU draws for minutes."""
-    config = SHAPES[shape]
+def write_models(root: Path, shape: str) -> None:
+    """Write base, a and b; drawn on a GPU where there is one, since a CPU takes minutes for 8b."""
+    config, device = SHAPES[shape], "cuda" if torch.cuda.is_available() else "cpu"
     files = shapes_of(config)
     for name in ("base", "a", "b"):
         (root / name).mkdir(parents=True)

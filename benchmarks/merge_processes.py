@@ -24,9 +24,8 @@ class Run:
         status: "done", "failed" or "stopped" at the limit: then all the rest is what it had come to.
         seconds: Until all was on the disk.
         cpu_seconds: Of computing, in all threads and processes.
-        largest: The largest resident set of one process, bytes, as the kernel kept it.
-        resident: The most that all of its processes had resident at one moment, as it was seen, bytes. Pages of input
-            files count while they are mapped.
+        resident: The most that all of its processes had resident at one moment, as it was seen, or one of them ever,
+            bytes. Pages of input files count while they are mapped.
         anonymous: Of these, what no file holds.
         used: The most by which the machine's available memory went down.
         gpu: The most by which the GPU's used memory went up; None without one.
@@ -35,7 +34,6 @@ class Run:
     status: str = "done"
     seconds: float = 0.0
     cpu_seconds: float = 0.0
-    largest: int = 0
     resident: int = 0
     anonymous: int = 0
     used: int = 0
@@ -45,7 +43,7 @@ class Run:
         return {**asdict(self), "seconds": round(self.seconds, 3), "cpu_seconds": round(self.cpu_seconds, 2)}
 
 
-class GPUMemory:
+class GPU:
     """What is in use of the first GPU's memory, by whom ever, as its driver says; NVML takes none itself."""
 
     class _Memory(ctypes.Structure):
@@ -62,6 +60,11 @@ class GPUMemory:
         self._call("nvmlInit_v2")
         self._call("nvmlDeviceGetHandleByIndex_v2", 0, ctypes.byref(self.device))
 
+    def name(self) -> str:
+        text = ctypes.create_string_buffer(96)
+        self._call("nvmlDeviceGetName", self.device, text, len(text))
+        return text.value.decode()
+
     def used(self) -> int:
         memory = self._Memory()
         self._call("nvmlDeviceGetMemoryInfo", self.device, ctypes.byref(memory))
@@ -73,7 +76,7 @@ class GPUMemory:
             raise SystemExit(f"{function} gave {code}")
 
 
-def measure(words: list[str], out: Path, log: Path, limit: float, gpu: GPUMemory | None = None) -> Run:
+def measure(words: list[str], out: Path, log: Path, limit: float, gpu: GPU | None = None) -> Run:
     """Run a program until all that it writes to `out` is on the disk, for at most `limit` seconds."""
     os.sync()
     run = Run(gpu=None if gpu is None else 0)
@@ -103,18 +106,18 @@ def measure(words: list[str], out: Path, log: Path, limit: float, gpu: GPUMemory
             os.fsync(handle)
             os.close(handle)
     run.seconds = time.monotonic() - start
-    run.cpu_seconds, run.largest = usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024
-    run.resident = max(run.resident, run.largest)
+    run.cpu_seconds = usage.ru_utime + usage.ru_stime
     return run
 
 
-def _look(run: Run, family: list[int], before: tuple[int, int], gpu: GPUMemory | None) -> None:
+def _look(run: Run, family: list[int], before: tuple[int, int], gpu: GPU | None) -> None:
     resident = anonymous = 0
     for process in family:
         # it may have ended
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
             lines = Path(f"/proc/{process}/status").read_text().splitlines()
             sizes = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.endswith("kB")}
+            run.resident = max(run.resident, sizes.get("VmHWM", 0))
             resident += sizes.get("VmRSS", 0)
             anonymous += sizes.get("RssAnon", 0)
     run.resident, run.anonymous = max(run.resident, resident), max(run.anonymous, anonymous)
