@@ -62,7 +62,7 @@ class Uploads:
         takes = dict.fromkeys(step.takes())
         forms = {take: self._models[take.model].layout.forms[take.key] for take in takes}
         changed = step.copied or step.by_token or any(self._models[take.model].adapts(take.key) for take in takes)
-        if not self._by_rows or changed or sum(form.bytes for form in forms.values()) > _SHARE * _free(self._device):
+        if not self._by_rows or changed or sum(form.bytes for form in forms.values()) >= _SHARE * _free(self._device):
             return {}
         places = {
             take: torch.empty(form.shape, dtype=TYPES[form.dtype], device=self._device) for take, form in forms.items()
