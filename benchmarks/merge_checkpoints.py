@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -105,12 +107,16 @@ def difference(ours: Path, theirs: Path, entries: int | None) -> dict[str, float
         raise SystemExit(f"{ours} and {theirs} hold other tensors: {sorted(first.keys() ^ second.keys())[:3]}")
     largest, differing, count = 0.0, 0, 0
     for name, path in first.items():
-        with safe_open(path, framework="pt") as mine, safe_open(second[name], framework="pt") as other:
-            a, b = _first(mine, name, entries), _first(other, name, entries)
+        a, b = _first_of(path, name, entries), _first_of(second[name], name, entries)
         largest = max(largest, float((a.float() - b.float()).abs().max()))
         differing += int((a != b).sum())
         count += a.numel()
     return {"largest": largest, "share": differing / count, "compared": count}
+
+
+def read_tensors(folder: Path) -> dict[str, Callable[[], Tensor]]:
+    """Each tensor of a folder, to be read when it is wanted."""
+    return {name: partial(_first_of, path, name, None) for name, path in _places(folder).items()}
 
 
 def _places(folder: Path) -> dict[str, Path]:
@@ -119,6 +125,11 @@ def _places(folder: Path) -> dict[str, Path]:
         with safe_open(path, framework="pt") as file:
             found.update(dict.fromkeys(file.keys(), path))
     return found
+
+
+def _first_of(path: Path, name: str, entries: int | None) -> Tensor:
+    with safe_open(path, framework="pt") as file:
+        return _first(file, name, entries)
 
 
 def _first(file: Any, name: str, entries: int | None) -> Tensor:

@@ -45,10 +45,12 @@ def merge_models(
 ) -> Path:
     """Merge models on disk into one, a tensor at a time.
 
-    Memory holds some rows of the tensors of one name, of each model, and what is computed from them; or the whole
-    tensors where a method needs matrices, such as for their singular values, and where adapters or vocabularies are
-    merged. The folder appears when it is whole; a merge that was killed goes on where it was when it is called again in
-    the same way.
+    Memory holds some rows of the tensors of one name, of each model, and what is computed from them. It holds these
+    tensors whole, in float32, where a method needs matrices or gives each task its own parts (`emr`, `fisher`, `iso_c`,
+    `r_tsvm`, `regmean`, `tall`, `tsv_c`, `tsv_m`, `twin_merging`, `wudi`, `wudi_closed_form`), where adapters or
+    vocabularies are merged, and of weights that are stored as [in, out], as GPT-2's are. A GPU's memory holds what the
+    models have of one name and of the next as it is stored, if that is less than a quarter of what is free. The folder
+    appears when it is whole; a merge that was killed goes on where it was when it is called again in the same way.
 
     Args:
         config: A YAML file of mergekit's form, or its content.
