@@ -1,11 +1,16 @@
-"""Seconds, bytes a second and peak memory of merging models on disk; mergekit beside it where it is installed.
+"""Seconds and peak memory of merging models on disk; mergekit beside it where it is installed.
 
-Random Llama-shaped checkpoints in bfloat16 (a base and two that were "tuned" from it) are written to a scratch folder.
-Each merge is a process of its own, from its start to the last byte on the disk; *CPU seconds* are what it computed, and
-count where others use the machine too. Peak memory is the largest resident set of one process, in which pages of input
-files count while they are mapped. The row *nothing* is the start of the program alone.
+Random Llama-shaped checkpoints in bfloat16 (a base and two that were "tuned" from it) are written to a scratch folder
+and read once, so that every run finds them in the system's memory. Each merge is a process of its own, from its start
+to the last byte on the disk, with each program's own default of threads. *CPU seconds* are what it computed, and count
+where others use the machine too. *Resident* is the most that all its processes held at once, in which pages of input
+files count while they are mapped; *anonymous* is without these. The GPU's memory is what the driver says is in use more
+than before. The row *nothing* is the start of the program alone.
 
-    python benchmarks/merge.py --shape 1b --scratch /tmp/merge --mergekit VENV/bin/mergekit-yaml
+Every run is recorded in a JSON file at once. The same command again does what is left; with `--budget-seconds` it ends
+by itself. A run that goes beyond its limit is stopped, and its row says what it had come to.
+
+    python benchmarks/merge.py --shape 1b --scratch /tmp/merge --mergekit VENV/bin/mergekit-yaml --out merge.json
 """
 
 from __future__ import annotations
@@ -14,95 +19,78 @@ import argparse
 import json
 import multiprocessing
 import os
+import platform
 import shutil
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from safetensors import safe_open
-from safetensors.torch import save_file
-from torch import Tensor
+from merge_checkpoints import SHAPES, difference, keep_part, read_once, write_models
+from merge_processes import GPU, Run, measure
 
-SHAPES = {
-    "small": {
-        "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "num_attention_heads": 8,
-        "num_key_value_heads": 4, "vocab_size": 32000, "tie_word_embeddings": True,
-    },
-    "1b": {
-        "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
-        "num_key_value_heads": 8, "vocab_size": 128256, "tie_word_embeddings": True,
-    },
-    "8b": {
-        "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
-        "num_key_value_heads": 8, "vocab_size": 128256, "tie_word_embeddings": False,
-    },
-}  # fmt: skip
+_EACH = {"weight": 0.5}
+_SPARSE = {"weight": 0.5, "density": 0.5}
 METHODS: dict[str, dict[str, Any]] = {
     "linear": {"each": {"weight": 1.0}},
     "slerp": {"whole": {"t": 0.5}, "base": True, "models": 1},
-    "task_arithmetic": {"each": {"weight": 0.5}, "base": True},
-    "ties": {"each": {"weight": 0.5, "density": 0.5}, "base": True},
-    "dare_ties": {"each": {"weight": 0.5, "density": 0.5}, "base": True},
+    "nuslerp": {"each": _EACH, "base": True},
+    "task_arithmetic": {"each": _EACH, "base": True},
+    "ties": {"each": _SPARSE, "base": True},
+    "dare_linear": {"each": _SPARSE, "base": True},
+    "dare_ties": {"each": _SPARSE, "base": True},
+    "della": {"each": _SPARSE, "base": True},
+    "della_linear": {"each": _SPARSE, "base": True},
+    "breadcrumbs": {"each": _SPARSE, "base": True},
+    "breadcrumbs_ties": {"each": _SPARSE, "base": True},
+    "model_stock": {"base": True},
     "sce": {"whole": {"select_topk": 0.5}, "base": True},
+    "karcher": {},
 }
-_SHARD_LAYERS = 8
+# two programs draw other masks
+DRAWN = ("dare_linear", "dare_ties", "della", "della_linear")
+_LEAST_SECONDS = 10.0
 
 
-def shapes_of(config: dict[str, Any]) -> list[dict[str, tuple[int, ...]]]:
-    """Names and shapes of a Llama's tensors, file by file."""
-    width, inner = config["hidden_size"], config["intermediate_size"]
-    narrow = width // config["num_attention_heads"] * config["num_key_value_heads"]
-    vocabulary = (config["vocab_size"], width)
-    files = [{"model.embed_tokens.weight": vocabulary}]
-    for first in range(0, config["num_hidden_layers"], _SHARD_LAYERS):
-        files.append({})
-        for layer in range(first, min(first + _SHARD_LAYERS, config["num_hidden_layers"])):
-            parts = {
-                "self_attn.q_proj": (width, width), "self_attn.k_proj": (narrow, width),
-                "self_attn.v_proj": (narrow, width), "self_attn.o_proj": (width, width),
-                "mlp.gate_proj": (inner, width), "mlp.up_proj": (inner, width), "mlp.down_proj": (width, inner),
-                "input_layernorm": (width,), "post_attention_layernorm": (width,),
-            }  # fmt: skip
-            files[-1].update({f"model.layers.{layer}.{name}.weight": shape for name, shape in parts.items()})
-    files[-1]["model.norm.weight"] = (width,)
-    if not config["tie_word_embeddings"]:
-        files.append({"lm_head.weight": vocabulary})
-    return files
+class OutOfTimeError(Exception):
+    """The budget is used up."""
 
 
-def apart(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Call a function in a process of its own: a program that is started has its starter's size as its least peak."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function, *arguments).result()
+@dataclass(frozen=True)
+class Contender:
+    """A program as it is started.
+
+    Args:
+        name: What the rows call it.
+        words: The command, without the configuration and the folder to write.
+        ours: Whether it is Folklora.
+    """
+
+    name: str
+    words: tuple[str, ...]
+    ours: bool
+
+    def command(self, config: Path, out: Path) -> list[str]:
+        if self.ours:
+            return [sys.executable, "-m", "folklora", "merge", str(config), "--out", str(out), *self.words]
+        return [self.words[0], str(config), str(out), *self.words[1:]]
 
 
-def write_models(root: Path, config: dict[str, Any]) -> None:
-    """Write base, a and b."""
-    total = 0
-    files = shapes_of(config)
-    for name in ("base", "a", "b"):
-        (root / name).mkdir(parents=True)
-    generator = torch.Generator().manual_seed(0)
-    for index, shapes in enumerate(files):
-        base = {key: (torch.randn(s, generator=generator) * 0.02).bfloat16() for key, s in shapes.items()}
-        file = f"model-{index + 1:05d}-of-{len(files):05d}.safetensors"
-        save_file(base, root / "base" / file, metadata={"format": "pt"})
-        total += sum(value.nbytes for value in base.values())
-        for name in ("a", "b"):
-            moved = {k: v + (torch.randn(v.shape, generator=generator) * 0.002).bfloat16() for k, v in base.items()}
-            save_file(moved, root / name / file, metadata={"format": "pt"})
-    places = {k: f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i, s in enumerate(files) for k in s}
-    settings = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "bfloat16", **config}
-    for name in ("base", "a", "b"):
-        (root / name / "config.json").write_text(json.dumps(settings))
-        index_file = {"metadata": {"total_size": total}, "weight_map": places}
-        (root / name / "model.safetensors.index.json").write_text(json.dumps(index_file))
+def contenders(asked: argparse.Namespace, device: str) -> list[Contender]:
+    found = []
+    for count in asked.workers if device == "cpu" else asked.gpu_workers:
+        words = ("--device", device, "--overwrite", "--workers", str(count))
+        found.append(Contender(f"Folklora, {count} process{'es' * (count > 1)}", words, True))
+    for options in ["", *asked.mergekit_options] if asked.mergekit else []:
+        words = (asked.mergekit, "--quiet", "--no-copy-tokenizer", *options.split())
+        found.append(Contender(f"mergekit {options}".strip(), (*words, *(["--cuda"] * (device == "cuda"))), False))
+    return found
 
 
 def request(root: Path, method: str) -> dict[str, Any]:
@@ -118,116 +106,176 @@ def request(root: Path, method: str) -> dict[str, Any]:
     return {**config, "dtype": "float32", "out_dtype": "bfloat16"}
 
 
-def measure(words: list[str], out: Path, log: Path) -> tuple[float, float, int]:
-    """Run a process: seconds until all is on the disk, those of computing in it, and its peak memory in bytes."""
-    os.sync()
-    start = time.monotonic()
-    with log.open("ab") as file:
-        process = os.posix_spawnp(
-            words[0], words, os.environ,
-            file_actions=[(os.POSIX_SPAWN_DUP2, file.fileno(), 1), (os.POSIX_SPAWN_DUP2, file.fileno(), 2)],
-        )  # fmt: skip
-        _, status, usage = os.wait4(process, 0)
-    for path in out.glob("*.safetensors"):
-        handle = os.open(path, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
-    if status:
-        raise SystemExit(f"{' '.join(words)} ended with status {status}; see {log}")
-    return time.monotonic() - start, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024
+class Bench:
+    """The runs of one shape, and the file that they are recorded in."""
+
+    def __init__(self, asked: argparse.Namespace) -> None:
+        self.asked, self.ends = asked, time.monotonic() + asked.budget_seconds
+        self.root = asked.scratch / asked.shape
+        self.results = (asked.results or asked.scratch) / f"{asked.shape}-results"
+        self.gpu = GPU() if "cuda" in asked.devices else None
+        self.rows: list[dict[str, Any]] = json.loads(asked.out.read_text()) if asked.out.is_file() else []
+
+    def row(self, method: str, device: str, name: str) -> dict[str, Any]:
+        """The record of a method, device and contender, on this machine and with as many threads as now."""
+        key = {
+            "shape": self.asked.shape, "device": device, "method": method, "with": name,
+            "machine": f"{platform.machine()}, {os.cpu_count()} cores", "threads": torch.get_num_threads(),
+        }  # fmt: skip
+        key |= {"gpu": self.gpu.name()} if self.gpu is not None and device == "cuda" else {}
+        found = next((row for row in self.rows if all(row.get(k) == v for k, v in key.items())), None)
+        if found is None:
+            found = {**key, "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"), "runs": []}
+            self.rows.append(found)
+        return found
+
+    def save(self) -> None:
+        temporary = self.asked.out.with_suffix(".tmp")
+        temporary.write_text(json.dumps(self.rows, indent=1))
+        os.replace(temporary, self.asked.out)
+
+    def measured(self, row: dict[str, Any], words: list[str], out: Path, limit: float) -> Run:
+        """One more run; it is not recorded where it was the budget that ended it."""
+        left = self.ends - time.monotonic()
+        if left < _LEAST_SECONDS:
+            raise OutOfTimeError
+        shutil.rmtree(out, ignore_errors=True)
+        gpu = self.gpu if row["device"] == "cuda" else None
+        run = measure(words, out, self.asked.out.with_suffix(".log"), min(limit, left), gpu)
+        if run.status == "stopped" and left < limit:
+            raise OutOfTimeError
+        row["runs"].append(run.record())
+        self.save()
+        print(f"{row['device']} {row['method']} {row['with']}: {_cells(row)}", file=sys.stderr, flush=True)
+        return run
+
+    def starts(self) -> None:
+        """What it takes to start the programs."""
+        programs = {"Folklora": [sys.executable, "-c", "import folklora.merge.engine, folklora.cli"]}
+        programs |= {"mergekit": [self.asked.mergekit, "--help"]} if self.asked.mergekit else {}
+        for name, words in programs.items():
+            row = self.row("nothing", "cpu", name)
+            if not row["runs"]:
+                # the first start compiles what is imported
+                measure(words, self.results, self.asked.out.with_suffix(".log"), self.asked.limit_seconds)
+                self.measured(row, words, self.results / "nothing", self.asked.limit_seconds)
+
+    def compare(self, method: str, device: str) -> None:
+        """One method's runs, and how far Folklora's first contender and mergekit are apart."""
+        config = self.asked.out.parent / f"{method}.yaml"
+        config.write_text(yaml.safe_dump(request(self.root, method)))
+        every = contenders(self.asked, device)
+        rows = {contender.name: self.row(method, device, contender.name) for contender in every}
+        compared = rows.get("mergekit", {}) if method not in DRAWN else {}
+        kept = self.results / "kept"
+        for repeat in range(self.asked.repeats):
+            shutil.rmtree(kept, ignore_errors=True)
+            for contender in every:
+                row = rows[contender.name]
+                wanted = bool(compared) and "difference" not in compared and contender in (every[0], _mergekit(every))
+                if len(row["runs"]) > repeat and not (wanted and contender.ours and len(compared["runs"]) <= repeat):
+                    continue
+                if any(run["status"] != "done" for run in row["runs"]):
+                    continue
+                out = self.results / "out"
+                run = self.measured(row, contender.command(config, out), out, self.limit(rows, contender))
+                if wanted and run.status == "done":
+                    self.set_beside(contender, out, kept, compared)
+                shutil.rmtree(out, ignore_errors=True)
+        shutil.rmtree(kept, ignore_errors=True)
+
+    def set_beside(self, contender: Contender, out: Path, kept: Path, compared: dict[str, Any]) -> None:
+        """Keep Folklora's result, or compare it with mergekit's."""
+        entries = self.asked.compare_entries
+        if contender.ours and entries is None:
+            out.rename(kept)
+        elif contender.ours:
+            keep_part(out, kept, entries)
+        elif kept.is_dir():
+            compared["difference"] = difference(kept, out, entries)
+            self.save()
+
+    def limit(self, rows: dict[str, dict[str, Any]], contender: Contender) -> float:
+        """mergekit may take so many times Folklora's slowest contender, where that is asked for."""
+        taken = [run["seconds"] for name, row in rows.items() if name.startswith("Folklora") for run in row["runs"]]
+        if contender.ours or self.asked.limit_factor is None or not taken:
+            return self.asked.limit_seconds
+        return min(self.asked.limit_seconds, self.asked.limit_factor * max(taken))
 
 
-def tensors_of(folder: Path) -> dict[str, Path]:
-    """Where each tensor of a folder is."""
-    found = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            found.update(dict.fromkeys(file.keys(), path))
-    return found
+def _mergekit(every: list[Contender]) -> Contender | None:
+    return next((contender for contender in every if contender.name == "mergekit"), None)
 
 
-def read(path: Path, name: str) -> Tensor:
-    with safe_open(path, framework="pt") as file:
-        return file.get_tensor(name)
+def _cells(row: dict[str, Any]) -> str:
+    """A row's figures: the median of seconds, the largest of memory."""
+    runs = row["runs"]
+    if any(run["status"] == "failed" for run in runs):
+        return "failed | | | | |"
+    sign = "> " if any(run["status"] == "stopped" for run in runs) else ""
+    least = "≥ " if sign else ""
+    seconds, computed = (statistics.median(run[key] for run in runs) for key in ("seconds", "cpu_seconds"))
+    resident, anonymous = (max(run[key] for run in runs) / 1e9 for key in ("resident", "anonymous"))
+    gpus = [run["gpu"] for run in runs if run["gpu"] is not None]
+    gpu = f"{least}{max(gpus) / 1e9:.2f}" if gpus else ""
+    memory = f"{least}{resident:.2f} | {least}{anonymous:.2f} | {gpu}"
+    found = row.get("difference")
+    apart = "" if found is None else f"{found['share']:.2%}, ≤ {found['largest']:.1e}" if found["share"] else "none"
+    return f"{sign}{seconds:.1f} ({len(runs)}) | {sign}{computed:.1f} | {memory} | {apart}"
 
 
-def difference(ours: Path, theirs: Path) -> tuple[float, float]:
-    """The largest difference of two results, and the share of entries that differ."""
-    first, second = tensors_of(ours), tensors_of(theirs)
-    if first.keys() != second.keys():
-        raise SystemExit(f"{ours} and {theirs} hold other tensors: {sorted(first.keys() ^ second.keys())[:3]}")
-    largest, differing, count = 0.0, 0, 0
-    for name, path in first.items():
-        a, b = read(path, name), read(second[name], name)
-        largest = max(largest, float((a.float() - b.float()).abs().max()))
-        differing += int((a != b).sum())
-        count += a.numel()
-    return largest, differing / count
+def table(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """All rows, with the runs in brackets."""
+    yield "| shape | device | method | with | seconds (runs) | CPU s | resident, GB | anonymous | GPU | differs |"
+    yield "| --- | --- | --- | --- | --: | --: | --: | --: | --: | --: |"
+    for row in rows:
+        if row["runs"]:
+            yield f"| {row['shape']} | {row['device']} | {row['method']} | {row['with']} | {_cells(row)} |"
+
+
+def options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="small")
+    parser.add_argument("--scratch", type=Path, required=True, help="a folder with room for three models")
+    parser.add_argument("--results", type=Path, help="a folder with room for two merged ones; scratch by default")
+    parser.add_argument("--out", type=Path, required=True, help="the JSON file of the records; read if it is there")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--mergekit", help="mergekit-yaml, perhaps of another environment")
+    parser.add_argument("--mergekit-options", nargs="*", default=[], help="each a further contender, such as '-j 1'")
+    parser.add_argument("--devices", nargs="+", choices=("cpu", "cuda"), default=["cpu"])
+    parser.add_argument("--workers", type=int, nargs="+", default=[1], help="processes on the CPU")
+    parser.add_argument("--gpu-workers", type=int, nargs="+", default=[1], help="processes on the GPU")
+    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--limit-seconds", type=float, default=3600.0, help="of one run")
+    parser.add_argument("--limit-factor", type=float, help="mergekit's limit, in times of what Folklora took")
+    parser.add_argument("--budget-seconds", type=float, default=float("inf"), help="of all runs of this call")
+    parser.add_argument("--compare-entries", type=int, help="how many of each tensor; all by default")
+    parser.add_argument("--keep", action="store_true", help="leave the models there, and use those that are there")
+    return parser.parse_args()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=SHAPES, default="small")
-    parser.add_argument("--scratch", type=Path, required=True, help="a folder on a disk with room; emptied afterwards")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--mergekit", help="mergekit-yaml of another environment")
-    parser.add_argument("--workers", type=int, nargs="+", default=[1])
-    parser.add_argument("--repeats", type=int, default=1)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--keep", action="store_true", help="leave the models there, and use those that are there")
-    asked = parser.parse_args()
-    root = asked.scratch / asked.shape
-    if not (asked.keep and (root / "b" / "model.safetensors.index.json").is_file()):
-        shutil.rmtree(root, ignore_errors=True)
-        apart(write_models, root, SHAPES[asked.shape])
-    size = sum(path.stat().st_size for path in (root / "base").glob("*.safetensors"))
-    print(f"{asked.shape}: {size / 1e9:.2f} GB a model, torch {torch.__version__}, {torch.get_num_threads()} threads")
-    print("| method | with | seconds | CPU seconds | MB/s read and written | peak memory, GB |")
-    print("| --- | --- | --: | --: | --: | --: |")
-    starts = {"Folklora": [sys.executable, "-c", "import folklora.merge.engine"]}
-    starts |= {"mergekit": [asked.mergekit, "--help"]} if asked.mergekit else {}
+    asked = options()
+    bench = Bench(asked)
+    if not (asked.keep and (bench.root / "b" / "model.safetensors.index.json").is_file()):
+        shutil.rmtree(bench.root, ignore_errors=True)
+        # a process of its own, with which its share of the GPU's memory ends
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            pool.submit(write_models, bench.root, asked.shape).result()
+    bench.results.mkdir(parents=True, exist_ok=True)
+    read_once(bench.root)
     try:
-        for name, words in starts.items():
-            seconds, computed, peak = measure(words, root, root / "log.txt")
-            print(f"| nothing | {name} | {seconds:.1f} | {computed:.1f} | | {peak / 1e9:.2f} |", flush=True)
+        bench.starts()
         for method in asked.methods:
-            compare(asked, root, method, size)
+            for device in asked.devices:
+                bench.compare(method, device)
+    except OutOfTimeError:
+        print("the budget is used up; the same command goes on", file=sys.stderr)
     finally:
+        print("\n".join(table(bench.rows)))
+        shutil.rmtree(bench.results)
         if not asked.keep:
-            shutil.rmtree(root)
-
-
-def compare(asked: argparse.Namespace, root: Path, method: str, size: int) -> None:
-    """One method's rows."""
-    config = root / f"{method}.yaml"
-    config.write_text(yaml.safe_dump(request(root, method)))
-    own = [sys.executable, "-m", "folklora", "merge", str(config), "--device", asked.device, "--overwrite", "--out"]
-    contenders = {
-        f"Folklora, {n} process{'es' * (n > 1)}": [*own, str(root / f"out-{n}"), "--workers", str(n)]
-        for n in asked.workers
-    }
-    if asked.mergekit:
-        contenders["mergekit"] = [asked.mergekit, str(config), str(root / "out-kit"), "--quiet", "--no-copy-tokenizer"]
-        contenders["mergekit"] += ["--device", asked.device] if asked.device != "cpu" else []
-    outs = {name: next(Path(word) for word in words if "/out-" in word) for name, words in contenders.items()}
-    runs: dict[str, list[tuple[float, float, int]]] = {name: [] for name in contenders}
-    for _ in range(asked.repeats):
-        for name, words in contenders.items():
-            shutil.rmtree(outs[name], ignore_errors=True)
-            runs[name].append(measure(words, outs[name], root / "log.txt"))
-    moved = size * (1 + METHODS[method].get("models", 2) + bool(METHODS[method].get("base")))
-    for name, found in runs.items():
-        seconds, computed = (statistics.median(run[i] for run in found) for i in (0, 1))
-        peak = max(run[2] for run in found)
-        print(
-            f"| {method} | {name} | {seconds:.1f} | {computed:.1f} | {moved / seconds / 1e6:.0f} | {peak / 1e9:.2f} |"
-        )
-    folders = list(outs.values())
-    if asked.mergekit and method != "dare_ties":
-        largest, share = apart(difference, folders[0], folders[-1])
-        print(f"  {method}: the results differ by at most {largest:.1e}, in {share:.2%} of the entries", flush=True)
-    for folder in folders:
-        shutil.rmtree(folder, ignore_errors=True)
+            shutil.rmtree(bench.root)
 
 
 if __name__ == "__main__":

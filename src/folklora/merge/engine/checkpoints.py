@@ -100,8 +100,8 @@ class Checkpoint:
             )
         return FileNotFoundError(f"{self.folder} holds no {SINGLE} and no {INDEX}")
 
-    def read(self, name: str, rows: slice | None = None) -> Tensor:
-        """One tensor, as it is stored, or some rows of it.
+    def read(self, name: str, rows: slice | None = None, *, pinned: bool = False) -> Tensor:
+        """One tensor, as it is stored, or some rows of it; pinned, a GPU copies it faster.
 
         Raises:
             ValueError: The file has changed meanwhile.
@@ -111,7 +111,7 @@ class Checkpoint:
             start, stop, _ = rows.indices(form.shape[0])
             begin += start * (form.bytes // form.shape[0])
             form = Form(form.dtype, (stop - start, *form.shape[1:]))
-        return _read_at(file, begin, form)
+        return _read_at(file, begin, form, pinned)
 
 
 def read_tensor(file: Path, name: str) -> Tensor:
@@ -124,9 +124,9 @@ def read_tensor(file: Path, name: str) -> Tensor:
     return _read_at(file, begin, form)
 
 
-def _read_at(file: Path, begin: int, form: Form) -> Tensor:
+def _read_at(file: Path, begin: int, form: Form, pinned: bool = False) -> Tensor:
     # read, not mapped: the pages of a mapped file count as this process's memory
-    values = torch.empty(form.bytes, dtype=torch.uint8)
+    values = torch.empty(form.bytes, dtype=torch.uint8, pin_memory=pinned)
     left = memoryview(values.numpy())
     with file.open("rb", buffering=0) as opened:
         opened.seek(begin)
@@ -249,7 +249,7 @@ def recorded(folder: Path) -> set[str]:
 
 
 class Writer:
-    """Writes tensors into files that `create` made, beside the computation, and records those that are on the disk.
+    """Writes tensors into files that `create` made, and records those that are on the disk, beside the computation.
 
     Args:
         folder: Holds the files.
@@ -273,8 +273,10 @@ class Writer:
         self.open: dict[str, int] = {}
         self.pending: list[str] = []
         self.pending_bytes, self.committed = 0, time.monotonic()
-        self.thread = ThreadPoolExecutor(1)
-        self.running: Future | None = None
+        # two threads: the disk is waited for while the next tensors are written to the system's memory
+        self.writes, self.commits = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+        self.writing: Future | None = None
+        self.committing: Future | None = None
 
     def __enter__(self) -> Writer:
         return self
@@ -282,9 +284,11 @@ class Writer:
     def __exit__(self, kind: type | None, *error: object) -> None:
         try:
             self._wait()
-            self._commit()
+            self._commit_soon()
+            self._committed()
         finally:
-            self.thread.shutdown()
+            self.writes.shutdown()
+            self.commits.shutdown()
             self.record.close()
             for handle in self.open.values():
                 os.close(handle)
@@ -298,13 +302,13 @@ class Writer:
         at = 0
         for part in parts:
             self._wait()
-            self.running = self.thread.submit(self._write, name, part, at)
+            self.writing = self.writes.submit(self._write, name, part, at)
             at += part.nbytes
 
     def _wait(self) -> None:
-        running, self.running = self.running, None
-        if running is not None:
-            running.result()
+        writing, self.writing = self.writing, None
+        if writing is not None:
+            writing.result()
 
     def _write(self, name: str, tensor: Tensor, offset: int) -> None:
         file, begin, size = self.places[name]
@@ -317,15 +321,26 @@ class Writer:
         if offset + tensor.nbytes == size:
             self.pending.append(name)
         self.pending_bytes += tensor.nbytes
-        if self.pending_bytes >= _COMMIT_BYTES or time.monotonic() - self.committed >= _COMMIT_SECONDS:
-            self._commit()
+        due = self.pending_bytes >= _COMMIT_BYTES or time.monotonic() - self.committed >= _COMMIT_SECONDS
+        if due and (self.committing is None or self.committing.done()):
+            self._commit_soon()
 
-    def _commit(self) -> None:
-        for handle in self.open.values():
+    def _commit_soon(self) -> None:
+        self._committed()
+        names, self.pending, self.pending_bytes = self.pending, [], 0
+        self.committed = time.monotonic()
+        self.committing = self.commits.submit(self._commit, names, list(self.open.values()))
+
+    def _committed(self) -> None:
+        committing, self.committing = self.committing, None
+        if committing is not None:
+            committing.result()
+
+    def _commit(self, names: list[str], handles: list[int]) -> None:
+        for handle in handles:
             os.fsync(handle)
-        self.record.writelines(f"{json.dumps(name)}\n" for name in self.pending)
+        self.record.writelines(f"{json.dumps(name)}\n" for name in names)
         self.record.flush()
         os.fsync(self.record.fileno())
         if self.tell is not None:
-            self.tell(self.pending)
-        self.pending, self.pending_bytes, self.committed = [], 0, time.monotonic()
+            self.tell(names)

@@ -113,20 +113,20 @@ class Model:
         """Whether the adapter changes a tensor."""
         return self._over is not None and key in self._over.changed
 
-    def read(self, key: str, rows: slice | None = None) -> Tensor:
-        """One tensor, or some rows of it, with what the adapter changes in it."""
+    def read(self, key: str, rows: slice | None = None, *, pinned: bool = False) -> Tensor:
+        """One tensor, or some rows of it, with what the adapter changes in it; what is as stored, pinned if wanted."""
         if self.adapts(key):
             whole = self._over.read(key, self._stored)
             return whole if rows is None else whole[rows]
-        return self._stored(key, rows)
+        return self._stored(key, rows, pinned)
 
     def files(self) -> list[Path]:
         """What its tensors are read from."""
         more = [] if self.adapter_folder is None else sorted(self.adapter_folder.glob("adapter_*"))
         return [*self.checkpoint.files, *more]
 
-    def _stored(self, key: str, rows: slice | None = None) -> Tensor:
-        return self.checkpoint.read(self.layout.names[key], rows)
+    def _stored(self, key: str, rows: slice | None = None, pinned: bool = False) -> Tensor:
+        return self.checkpoint.read(self.layout.names[key], rows, pinned=pinned)
 
     def _layout(self) -> Layout:
         names: dict[str, str] = {}

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from folklora.merge.blocks import Part
+from folklora.merge.blocks import Part, Readable
 from folklora.merge.contract import PerTask
 from folklora.merge.engine import statistics
 from folklora.merge.engine.card import write_beside
@@ -23,10 +23,13 @@ from folklora.merge.engine.models import Model
 from folklora.merge.engine.plan import Plan, Step, Take
 from folklora.merge.engine.tasks import save_parts, write_tasks_index
 from folklora.merge.engine.team import BEGUN, in_processes, together, torchrun_team
+from folklora.merge.engine.upload import Uploads
 from folklora.merge.engine.vocabulary import arranged
 from folklora.stream.files import read_json, replace_folder, write_json
 
 Progress = Callable[..., None]
+# larger ones, which torch would keep pinned for later, are seldom
+_PINNED_BYTES = 2**26
 
 
 def merge_models(
@@ -42,10 +45,12 @@ def merge_models(
 ) -> Path:
     """Merge models on disk into one, a tensor at a time.
 
-    Memory holds some rows of the tensors of one name, of each model, and what is computed from them; or the whole
-    tensors where a method needs matrices, such as for their singular values, and where adapters or vocabularies are
-    merged. The folder appears when it is whole; a merge that was killed goes on where it was when it is called again in
-    the same way.
+    Memory holds some rows of the tensors of one name, of each model, and what is computed from them. It holds these
+    tensors whole, in float32, where a method needs matrices or gives each task its own parts (`emr`, `fisher`, `iso_c`,
+    `r_tsvm`, `regmean`, `tall`, `tsv_c`, `tsv_m`, `twin_merging`, `wudi`, `wudi_closed_form`), where adapters or
+    vocabularies are merged, and of weights that are stored as [in, out], as GPT-2's are. A GPU's memory holds what the
+    models have of one name and of the next as it is stored, if that is less than a quarter of what is free. The folder
+    appears when it is whole; a merge that was killed goes on where it was when it is called again in the same way.
 
     Args:
         config: A YAML file of mergekit's form, or its content.
@@ -54,7 +59,8 @@ def merge_models(
         workers: How many processes share the tensors, and the CPU's threads; under torchrun, its processes do. With
             another number of threads in a process, methods that sum over whole tensors may round otherwise.
         max_shard_size: The most that one file holds, such as "5GB".
-        seed: Of everything drawn: a mask depends on it, on the tensor and on the model, not on order or files.
+        seed: Of everything drawn: a mask depends on it, on the tensor, on the model and on whether the CPU or a GPU
+            draws it, not on order or files.
         overwrite: Replace a folder at `out`, or an unfinished merge of another configuration.
         progress: Called with "plan", then "tensors" each time that some were written, and keyword arguments.
 
@@ -132,18 +138,28 @@ def do_share(
     place = torch.device(device)
     if place.type == "cuda" and place.index is None:
         place = torch.device("cuda", rank % torch.cuda.device_count())
+    if place.type == "cuda":
+        torch.cuda.set_device(place)
     numbers = {step.name: number for number, step in enumerate(job.plan.steps)}
-    with Writer(work, job.plan.shards, rank, tell) as writer:
-        for step in job.plan.share(done, rank, processes):
-            tensor, parts = compute(job, step, place)
+    with Writer(work, job.plan.shards, rank, tell) as writer, Uploads(job, place) as uploads:
+        for step, there in uploads.along(job.plan.share(done, rank, processes)):
+            tensor, parts = compute(job, step, place, there)
             if parts is not None:
                 save_parts(work, numbers[step.name], parts)
             writer.put(step.name, tensor)
 
 
 @torch.no_grad()
-def compute(job: Job, step: Step, device: torch.device) -> tuple[Iterable[Tensor], PerTask | None]:
+def compute(
+    job: Job, step: Step, device: torch.device, there: Mapping[Take, Tensor]
+) -> tuple[Iterable[Tensor], PerTask | None]:
     """One merged tensor on the CPU in parts, in the type in which it is stored; or the base's and each task's own.
+
+    Args:
+        job: The merge.
+        step: Which tensor.
+        device: Where to compute.
+        there: The tensors that are there already; empty where they are still on the disk.
 
     Raises:
         ValueError: An input holds NaN, or the result is not finite; perhaps only when the parts are gone through.
@@ -153,8 +169,8 @@ def compute(job: Job, step: Step, device: torch.device) -> tuple[Iterable[Tensor
     # a weight is given to the methods as [out, in], with the outputs' rows
     across = step.models[0].key in job.donor.architecture.transposed
     if job.schema.function.by_rows and not across:
-        return _rows(job, step, device), None
-    read = {take: tensor.mT if across else tensor for take, tensor in _whole(job, step, device).items()}
+        return _rows(job, step, device, there), None
+    read = {take: tensor.mT if across else tensor for take, tensor in _whole(job, step, device, there).items()}
     merged = job.schema.function(*_arguments(step, read), **_options(job, step, device))
     parts = merged if isinstance(merged, PerTask) else None
     tensor = merged if parts is None else parts.base
@@ -164,13 +180,14 @@ def compute(job: Job, step: Step, device: torch.device) -> tuple[Iterable[Tensor
 
 
 @torch.no_grad()
-def _rows(job: Job, step: Step, device: torch.device) -> Iterator[Tensor]:
-    whole = step.by_token or any(job.models[take.model].adapts(take.key) for take in step.takes())
-    read = (
-        _whole(job, step, device)
-        if whole
-        else {take: _OnDisk(job.models[take.model], take, device) for take in step.takes()}
-    )
+def _rows(job: Job, step: Step, device: torch.device, there: Mapping[Take, Tensor]) -> Iterator[Tensor]:
+    read: Mapping[Take, Readable]
+    if there:
+        read = {take: _checked(tensor, take) for take, tensor in there.items()}
+    elif step.by_token or any(job.models[take.model].adapts(take.key) for take in step.takes()):
+        read = _whole(job, step, device, there)
+    else:
+        read = {take: _OnDisk(job.models[take.model], take, device) for take in step.takes()}
     for part in job.schema.function.rows(*_arguments(step, read), **_options(job, step, device)):
         yield _stored(job, step, part)
 
@@ -179,19 +196,20 @@ class _OnDisk:
     """A model's tensor, of which rows are read when they are asked for."""
 
     def __init__(self, model: Model, take: Take, device: torch.device) -> None:
-        self._model, self._take, self._device = model, take, device
+        self._model, self._take, self.device = model, take, device
         form = model.layout.forms[take.key]
         self.shape, self.dtype = torch.Size(form.shape), TYPES[form.dtype]
 
     def __getitem__(self, part: Part) -> Tensor:
         rows = None if part is ... else part
-        return _checked(self._model.read(self._take.key, rows).to(self._device), self._take)
+        return _checked(self._model.read(self._take.key, rows).to(self.device), self._take)
 
 
-def _whole(job: Job, step: Step, device: torch.device) -> dict[Take, Tensor]:
+def _whole(job: Job, step: Step, device: torch.device, there: Mapping[Take, Tensor]) -> dict[Take, Tensor]:
     read = {}
     for take in step.takes():
-        tensor = _checked(job.models[take.model].read(take.key).to(device), take)
+        tensor = there[take] if there else job.models[take.model].read(take.key).to(device)
+        tensor = _checked(tensor, take)
         # at once, so that what was read is not kept beside it
         read[take] = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
     if step.by_token:
@@ -211,13 +229,15 @@ def _options(job: Job, step: Step, device: torch.device) -> dict[str, Any]:
         if keys:
             options[argument] = [value.to(device) for value in statistics.read(files, keys)]
     if job.schema.generator is not None:
-        options[job.schema.generator] = [_generator(job.seed, step.name, take.model) for take in step.models]
+        options[job.schema.generator] = [_generator(job.seed, step.name, take.model, device) for take in step.models]
     return options
 
 
 def _stored(job: Job, step: Step, tensor: Tensor) -> Tensor:
     stored = tensor.to(TYPES[step.form.dtype])
     _check_finite(job, step, stored)
+    if stored.is_cuda and stored.nbytes <= _PINNED_BYTES:
+        return torch.empty(stored.shape, dtype=stored.dtype, pin_memory=True).copy_(stored)
     return stored.to("cpu")
 
 
@@ -237,9 +257,10 @@ def _ends(tensor: Tensor) -> tuple[Tensor, ...]:
     return tuple(tensor.aminmax()) if tensor.numel() else ()
 
 
-def _generator(seed: int, name: str, model: Reference) -> torch.Generator:
+def _generator(seed: int, name: str, model: Reference, device: torch.device) -> torch.Generator:
     digest = hashlib.sha256(json.dumps([seed, name, str(model)]).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    # on a CPU the masks of a GPU's merge would take longer to draw than all the rest of it
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 def _check_out(out: Path, job: Job, overwrite: bool) -> None:

@@ -130,7 +130,11 @@ def _tokenizers(folders: Mapping[Reference, Path]) -> dict[Reference, PreTrained
 
 
 def _union(tokenizer: PreTrainedTokenizerBase, others: Sequence[PreTrainedTokenizerBase]) -> PreTrainedTokenizerBase:
-    """The base's tokenizer with the others' tokens after its own."""
+    """The base's tokenizer with the others' tokens after its own, model by model as the configuration lists them.
+
+    mergekit goes through a set of the models, so that its new tokens have other numbers from run to run: what both give
+    a token is the same, but has to be compared by token.
+    """
     for other in others:
         added = other.added_tokens_decoder
         have = tokenizer.get_vocab()
