@@ -106,9 +106,11 @@ def targets_of(config: AdapterConfig | type[AdapterConfig]) -> list[str]:
     return list(TARGETS) if "linear" in config.layer_kinds else ["mlp"]
 
 
-def adapted(config: AdapterConfig, layers: int = 2, dtype: torch.dtype = torch.float32) -> PeftModel:
+def adapted(
+    config: AdapterConfig, layers: int = 2, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> PeftModel:
     """A fresh tiny Llama with the adapter at its seeded start."""
-    model = llama(layers, dtype)
+    model = llama(layers, dtype).to(device)
     config = calibrated(model, config)
     torch.manual_seed(5)
     return get_peft_model(model, config)
@@ -174,14 +176,18 @@ def moved(model: PeftModel, adapter_name: str = "default") -> PeftModel:
 
 
 def batch(model: nn.Module | None = None) -> dict[str, Tensor]:
-    """Four rows of tokens, the last with two positions of padding; and classes, if the model's adapters read them."""
+    """Four rows of tokens, the last with two positions of padding; and classes, if the model's adapters read them.
+
+    They lie where the model's parameters do.
+    """
     tokens = torch.randint(VOCABULARY, (ROWS, POSITIONS), generator=torch.Generator().manual_seed(19))
     mask = torch.ones_like(tokens)
     mask[-1, -2:] = 0
     inputs = {"input_ids": tokens, "attention_mask": mask}
     if model is not None and reads_classes(model):
         inputs["class_labels"] = torch.tensor(CLASSES)
-    return inputs
+    device = "cpu" if model is None else next(model.parameters()).device
+    return {name: value.to(device) for name, value in inputs.items()}
 
 
 def reads_classes(model: nn.Module) -> bool:

@@ -27,7 +27,7 @@ def task_vectors(model: nn.Module) -> dict[str, str]:
             generator = torch.Generator().manual_seed(seed)
             tuned = {}
             for name, value in model.state_dict().items():
-                tuned[name] = value.float() + 0.05 * torch.randn(value.shape, generator=generator)
+                tuned[name] = value.float().cpu() + 0.05 * torch.randn(value.shape, generator=generator)
             save_file(tuned, file)
     return found
 
