@@ -6,7 +6,7 @@
 PRETRAIN holds train.bin.xz and valid.bin as the model's tokens; the first command cuts 4 MB of them, to be carried.
 Quality: MODEL's loss on held-out text, in nats a token, before its layers are factored into `--experts`, just after,
 and as they are trained for `--steps`, for every K. `router` trains the routers alone, `experts` the experts too, which
-is the paper's form; both with the authors' losses, whose teacher is the frozen dense layer. `dense` trains the dense
+is the paper's form; all with the authors' losses, whose teacher is the frozen dense layer. `dense` trains the dense
 feed-forward layers for as many steps on the same text at the same rate: what the factored ones are compared with.
 AdamW (0.9, 0.95), no weight decay, 6 % warm-up, linear decay, clipping at 1; float32 weights, products in bfloat16 on
 a GPU; the held-out loss in float32.
@@ -54,12 +54,13 @@ TINY = {
     "num_key_value_heads": 1, "head_dim": 16,
 }  # fmt: skip
 TINY_OPTIONS = {"steps": 2, "batch": 2, "length": 16, "held_out": 4, "seeds": [0, 1], "repeats": 2}
-# what each form trains besides K, and its options
+# options of each form besides K
 FORMS: dict[str, dict[str, Any]] = {
     "router": {},
     "experts": {"train_experts": True},
-    "experts, c=1": {"train_experts": True, "scale": 1.0},
     "experts, kmeans": {"train_experts": True, "partition": "kmeans"},
+    # labels and sum as a router is best taught that leaves out what adds little
+    "experts, c=1, subset": {"train_experts": True, "scale": 1.0, "labels": "subset", "prior": "uniform"},
 }
 
 
@@ -92,7 +93,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--rate", type=float, default=1e-3, help="of experts and of the dense layers")
+    parser.add_argument("--rate", type=float, default=3e-4, help="of experts and of the dense layers")
     parser.add_argument("--router-rate", type=float, default=1e-2)
     parser.add_argument("--held-out", type=int, default=128, help="rows of held-out text")
     parser.add_argument("--repeats", type=int, default=20, help="timed passes")

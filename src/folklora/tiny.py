@@ -126,17 +126,24 @@ def calibrated(model: nn.Module, config: AdapterConfig, batches: Sequence[Any] =
             language model's own loss.
     """
     config = copy.deepcopy(config)
-    if getattr(config, "vectors", None) == {}:
-        config = config.changed(vectors=task_vectors(model))
-    if getattr(config, "sources", None) == {}:
-        make = trained_adapters if config.example_sources == "lora" else source_adapters
-        config = config.changed(sources=make(model, config.target_modules))
+    if composed := example_sources(model, config):
+        config = config.changed(**composed)
     if not config.needs or config.statistics is not None:
         return config
     loss = _mean_square if batches else None
     return config.calibrated(
         calibrate(model, batches or [labelled_batch()], config.needs, target_modules=config, loss=loss)
     )
+
+
+def example_sources(model: nn.Module, config: AdapterConfig) -> dict[str, dict[str, str]]:
+    """Options that name what a method composes of others' training, where a configuration names none; empty else."""
+    if getattr(config, "vectors", None) == {}:
+        return {"vectors": task_vectors(model)}
+    if getattr(config, "sources", None) == {}:
+        make = trained_adapters if config.example_sources == "lora" else source_adapters
+        return {"sources": make(model, config.target_modules)}
+    return {}
 
 
 def trained(config: AdapterConfig) -> PeftModel:

@@ -41,7 +41,10 @@ class FactorLLM(AdapterConfig):
         p = softmax(R x + b)        R [E, d], b [E] of the layer's own router, start as a linear layer's
         y = c Σ F_e(x) + b_d        over the K experts with the largest p;  c = E/K
     K = E is the frozen layer itself; K < E is another function from the first step on. Outside training only the K
-    experts of each token are computed, with slices of the frozen weights. Training computes all, for their labels:
+    experts of each token count, with slices of the frozen weights: a GPU reads those of a single token alone, takes the
+    dense layer's time for a few tokens, which need all experts between them, and sends many through one product a
+    matrix that is grouped by expert (bfloat16, Hopper and later; else it takes one expert after the other). Training
+    computes all, for their labels:
         c_e = mean_d (F_e(x) - T(x) K/E)²;  s_e = 1 for the K experts with the smallest c_e, else 0;  q = softmax(s)
         L_PA = mean over tokens of KL(p ‖ q)
         L_balance = mean over tokens and experts of m ⊙ p,  m = 1 on the K chosen experts, 0 on the others

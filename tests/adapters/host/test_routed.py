@@ -17,7 +17,7 @@ from folklora.adapters.host.routed import apart, few, grouped, masked, one_by_on
 # sizes in steps of 16 bytes of bfloat16, as grouped products on a GPU ask for
 E, D, SIZE = 4, 24, 16
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: these ways are made for it")
-HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
+HOPPER = hasattr(F, "grouped_mm") and torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
 WAYS = [
     masked,
     one_by_one,
