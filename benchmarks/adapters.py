@@ -225,6 +225,9 @@ def configured(name: str, task: Task, rate: float, options: argparse.Namespace) 
         return peft.LoraConfig(r=options.rank, lora_alpha=16, use_dora=name == "peft-dora", **common)
     factory = next(method.factory for method in methods("adapters") if method.name == name)
     ranked = {"r": options.rank} if isinstance(getattr(factory, "r", None), int) else {}
+    if "linear" not in factory.layer_kinds:
+        # whole layers of another kind, which such a method finds by itself
+        common["target_modules"] = None
     return factory(**{**common, **ranked, **settings(name, rate, options)})
 
 

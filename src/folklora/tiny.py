@@ -106,9 +106,11 @@ def targets_of(config: AdapterConfig | type[AdapterConfig]) -> list[str]:
     return list(TARGETS) if "linear" in config.layer_kinds else ["mlp"]
 
 
-def adapted(config: AdapterConfig, layers: int = 2, dtype: torch.dtype = torch.float32) -> PeftModel:
+def adapted(
+    config: AdapterConfig, layers: int = 2, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> PeftModel:
     """A fresh tiny Llama with the adapter at its seeded start."""
-    model = llama(layers, dtype)
+    model = llama(layers, dtype).to(device)
     config = calibrated(model, config)
     torch.manual_seed(5)
     return get_peft_model(model, config)
@@ -124,17 +126,24 @@ def calibrated(model: nn.Module, config: AdapterConfig, batches: Sequence[Any] =
             language model's own loss.
     """
     config = copy.deepcopy(config)
-    if getattr(config, "vectors", None) == {}:
-        config = config.changed(vectors=task_vectors(model))
-    if getattr(config, "sources", None) == {}:
-        make = trained_adapters if config.example_sources == "lora" else source_adapters
-        config = config.changed(sources=make(model, config.target_modules))
+    if composed := example_sources(model, config):
+        config = config.changed(**composed)
     if not config.needs or config.statistics is not None:
         return config
     loss = _mean_square if batches else None
     return config.calibrated(
         calibrate(model, batches or [labelled_batch()], config.needs, target_modules=config, loss=loss)
     )
+
+
+def example_sources(model: nn.Module, config: AdapterConfig) -> dict[str, dict[str, str]]:
+    """Options that name what a method composes of others' training, where a configuration names none; empty else."""
+    if getattr(config, "vectors", None) == {}:
+        return {"vectors": task_vectors(model)}
+    if getattr(config, "sources", None) == {}:
+        make = trained_adapters if config.example_sources == "lora" else source_adapters
+        return {"sources": make(model, config.target_modules)}
+    return {}
 
 
 def trained(config: AdapterConfig) -> PeftModel:
@@ -174,14 +183,18 @@ def moved(model: PeftModel, adapter_name: str = "default") -> PeftModel:
 
 
 def batch(model: nn.Module | None = None) -> dict[str, Tensor]:
-    """Four rows of tokens, the last with two positions of padding; and classes, if the model's adapters read them."""
+    """Four rows of tokens, the last with two positions of padding; and classes, if the model's adapters read them.
+
+    They lie where the model's parameters do.
+    """
     tokens = torch.randint(VOCABULARY, (ROWS, POSITIONS), generator=torch.Generator().manual_seed(19))
     mask = torch.ones_like(tokens)
     mask[-1, -2:] = 0
     inputs = {"input_ids": tokens, "attention_mask": mask}
     if model is not None and reads_classes(model):
         inputs["class_labels"] = torch.tensor(CLASSES)
-    return inputs
+    device = "cpu" if model is None else next(model.parameters()).device
+    return {name: value.to(device) for name, value in inputs.items()}
 
 
 def reads_classes(model: nn.Module) -> bool:

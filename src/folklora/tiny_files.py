@@ -27,7 +27,7 @@ def task_vectors(model: nn.Module) -> dict[str, str]:
             generator = torch.Generator().manual_seed(seed)
             tuned = {}
             for name, value in model.state_dict().items():
-                tuned[name] = value.float() + 0.05 * torch.randn(value.shape, generator=generator)
+                tuned[name] = value.float().cpu() + 0.05 * torch.randn(value.shape, generator=generator)
             save_file(tuned, file)
     return found
 
@@ -39,7 +39,8 @@ def source_adapters(model: nn.Module, targets: list[str] | str | None) -> dict[s
         if not folder.exists():
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
-                stage = VLAdapter(activation="relu", start="linear", target_modules=targets)
+                # a width of its own, which fits layers of any
+                stage = VLAdapter(bottleneck_size=4, activation="relu", start="linear", target_modules=targets)
                 get_peft_model(copy.deepcopy(model), stage).save_pretrained(folder)
     return {task: str(folder) for task, folder in found.items()}
 

@@ -16,9 +16,10 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from folklora import FactorLLM, LoRA, activation_penalty, tiny
-from folklora.adapters.factorllm import FactorLLMUpdate, divergence, nearest, nearest_subset, opened, to_dense
+from folklora.adapters.factorllm import FactorLLMUpdate, divergence, nearest, nearest_subset, to_dense
 from folklora.adapters.host.feed_forward import feed_forward_of
 from folklora.adapters.host.layer import FolkloraLayer, updates_of
+from folklora.adapters.host.routed import opened
 
 D, UNITS, E, K = 8, 24, 4, 2
 # a sum of products of three: 24 terms of a few eps64 each

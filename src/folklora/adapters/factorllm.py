@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from folklora.adapters.base import AdapterConfig, Update, kaiming_uniform, zeros
 from folklora.adapters.host.feed_forward import FeedForward, Units, layout_of
 from folklora.adapters.host.layer import updates_of
+from folklora.adapters.host.routed import apart, opened, routed
 from folklora.adapters.host.targets import bare
 from folklora.adapters.sparse import whole as whole_numbers
 from folklora.balanced import balanced_kmeans
@@ -40,7 +41,10 @@ class FactorLLM(AdapterConfig):
         p = softmax(R x + b)        R [E, d], b [E] of the layer's own router, start as a linear layer's
         y = c Σ F_e(x) + b_d        over the K experts with the largest p;  c = E/K
     K = E is the frozen layer itself; K < E is another function from the first step on. Outside training only the K
-    experts of each token are computed, with slices of the frozen weights. Training computes all, for their labels:
+    experts of each token count, with slices of the frozen weights: a GPU reads those of a single token alone, takes the
+    dense layer's time for a few tokens, which need all experts between them, and sends many through one product a
+    matrix that is grouped by expert (bfloat16, Hopper and later; else it takes one expert after the other). Training
+    computes all, for their labels:
         c_e = mean_d (F_e(x) - T(x) K/E)²;  s_e = 1 for the K experts with the smallest c_e, else 0;  q = softmax(s)
         L_PA = mean over tokens of KL(p ‖ q)
         L_balance = mean over tokens and experts of m ⊙ p,  m = 1 on the K chosen experts, 0 on the others
@@ -204,7 +208,7 @@ class FactorLLMUpdate(Update):
         self.experts = zeros(*shape) if config.train_experts else None
         self.starts_at_base = config.active == config.experts
         self._penalty: Tensor | None = None
-        self._laid: tuple[Any, list[FeedForward]] | None = None
+        self._laid: tuple[Any, tuple[FeedForward, Tensor, Tensor]] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         # a penalty that nobody took hangs on the last pass's graph, which can neither be copied nor pickled
@@ -218,27 +222,35 @@ class FactorLLMUpdate(Update):
     def output(self, x: Tensor, whole: FeedForward, mask: Tensor | None = None) -> Tensor:
         """c Σ over the chosen experts of F_e(x), with the layer's own bias and dropout."""
         config, tokens = self.config, x.reshape(-1, x.shape[-1])
-        p, chosen = self.route(tokens.detach())
-        learns = self.training and torch.is_grad_enabled() and self.router.requires_grad
-        if learns or torch.compiler.is_compiling():
-            outputs = torch.stack([expert.sum(tokens) for expert in self._experts(whole)], dim=1)
-            if learns:
-                self._penalty = self._losses(p, chosen, outputs.detach(), self._teacher(tokens, whole, outputs), mask)
-            summed = (opened(chosen, config.experts).to(outputs.dtype).unsqueeze(-1) * outputs).sum(1)
-            if learns and dist.is_available() and dist.is_initialized():
-                # sharded data parallelism gathers the gradients of a block when its output's comes
-                summed = summed + 0 * self._penalty.to(summed.dtype)
+        if self.training and torch.is_grad_enabled() and self.router.requires_grad:
+            summed = self._learning(tokens, whole, mask)
         elif config.active == config.experts:
             summed = self.changed(whole).sum(tokens)
         else:
-            summed = _grouped(tokens, chosen, self._experts(whole))
+            layer, *router = self._laid_out(whole, x.dtype)
+            summed = routed(tokens, self._chosen(F.linear(tokens.detach(), *router)), layer, config.experts)
         return whole.finish(self.scale * summed if self.scale != 1 else summed).view(x.shape)
+
+    def _learning(self, tokens: Tensor, whole: FeedForward, mask: Tensor | None) -> Tensor:
+        """The chosen experts' sum, where all are computed for the labels of the router's loss."""
+        p, chosen = self.route(tokens.detach())
+        outputs = apart(tokens, self._arranged(whole), self.config.experts)
+        self._penalty = self._losses(p, chosen, outputs.detach(), self._teacher(tokens, whole, outputs), mask)
+        summed = (opened(chosen, self.config.experts).to(outputs.dtype).unsqueeze(-1) * outputs).sum(1)
+        if dist.is_available() and dist.is_initialized():
+            # sharded data parallelism gathers the gradients of a block when its output's comes
+            summed = summed + 0 * self._penalty.to(summed.dtype)
+        return summed
 
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """p [..., E] in float32 or more, and the numbers of the chosen experts [..., K]."""
         logits = F.linear(x, self.router.to(x.dtype), self.router_bias.to(x.dtype))
         p = logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(-1)
-        return p, p.detach().topk(self.config.active, dim=-1).indices
+        return p, self._chosen(logits.detach())
+
+    def _chosen(self, logits: Tensor) -> Tensor:
+        # in no order: to sort them is work of its own
+        return logits.topk(self.config.active, dim=-1, sorted=False).indices
 
     def units(self, expert: int) -> Units:
         """The hidden units of an expert."""
@@ -255,20 +267,20 @@ class FactorLLMUpdate(Update):
         penalty, self._penalty = self._penalty, None
         return penalty
 
-    def _experts(self, whole: FeedForward) -> list[FeedForward]:
-        views = self.experts is None and self.config.partition == "contiguous"
-        if views or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return [self._expert(whole, e) for e in range(self.config.experts)]
-        parts = [whole.gate, whole.up, whole.down, self.experts, self.order]
-        key = [None if t is None else (t.data_ptr(), t.dtype, t.is_inference() or t._version) for t in parts]
+    def _laid_out(self, whole: FeedForward, dtype: torch.dtype) -> tuple[FeedForward, Tensor, Tensor]:
+        """All experts in their order, and R and b in the input's dtype: made once, where no gradient passes."""
+        parts = [whole.gate, whole.up, whole.down, self.experts, self.order, self.router, self.router_bias]
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self._arranged(whole), self.router.to(dtype), self.router_bias.to(dtype)
+        key = [dtype, *(None if t is None else (t.data_ptr(), t.dtype, t.is_inference() or t._version) for t in parts)]
         if self._laid is None or self._laid[0] != key:
-            self._laid = key, [self._expert(whole, e) for e in range(self.config.experts)]
+            self._laid = key, (self._arranged(whole), self.router.to(dtype), self.router_bias.to(dtype))
         return self._laid[1]
 
-    def _expert(self, whole: FeedForward, number: int) -> FeedForward:
-        units = self.units(number)
-        part = whole.part(units)
-        return part if self.experts is None else part.plus(self.experts[:, units])
+    def _arranged(self, whole: FeedForward) -> FeedForward:
+        """The dense layer with its units in the experts' order."""
+        whole = self.changed(whole)
+        return whole if self.config.partition == "contiguous" else whole.part(self.order.long())
 
     @torch.no_grad()
     def _teacher(self, tokens: Tensor, whole: FeedForward, outputs: Tensor) -> Tensor:
@@ -287,11 +299,6 @@ class FactorLLMUpdate(Update):
             return values.mean()
         real = mask.reshape(-1).to(values)
         return (real * values).sum() / real.sum().clamp(min=1)
-
-
-def opened(chosen: Tensor, experts: int) -> Tensor:
-    """The hard mask [..., E] of the chosen experts [..., K]: true K times."""
-    return torch.zeros(*chosen.shape[:-1], experts, dtype=torch.bool, device=chosen.device).scatter(-1, chosen, True)
 
 
 def nearest(outputs: Tensor, teacher: Tensor, k: int) -> Tensor:
@@ -343,16 +350,6 @@ def to_dense(model: PeftModel, adapter_name: str = "default") -> nn.Module:
         return model.unload()
     model.delete_adapter(adapter_name)
     return model
-
-
-def _grouped(tokens: Tensor, chosen: Tensor, experts: list[FeedForward]) -> Tensor:
-    """Σ over each token's experts [tokens, K] of F_e, each expert on its own tokens alone."""
-    flat = chosen.flatten()
-    order = flat.argsort(stable=True)
-    rows = order.div(chosen.shape[1], rounding_mode="floor").split(flat.bincount(minlength=len(experts)).tolist())
-    found = torch.cat([expert.sum(tokens[own]) for expert, own in zip(experts, rows, strict=True) if len(own)])
-    # back in the tokens' order by a gather, which unlike a scattered sum gives the same bits every time
-    return found[order.argsort()].view(*chosen.shape, -1).sum(1)
 
 
 @lru_cache(maxsize=16)

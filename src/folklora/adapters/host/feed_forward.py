@@ -92,14 +92,25 @@ class FeedForward:
         gate = None if self.gate is None else _sum(self.gate, change[0])
         return replace(self, gate=gate, up=_sum(self.up, up), down=_sum(self.down, down.T))
 
-    def sum(self, x: Tensor) -> Tensor:
-        """W_d u of inputs [..., d]."""
-        units = F.linear(x, self.up, self.up_bias)
+    def sum(
+        self,
+        x: Tensor,
+        expand: Callable[[Tensor, Tensor, Tensor | None], Tensor] = F.linear,
+        reduce: Callable[[Tensor, Tensor], Tensor] = F.linear,
+    ) -> Tensor:
+        """W_d u of inputs [..., d].
+
+        Args:
+            x: The inputs.
+            expand: Multiplies x with W_g and W_u, and adds the bias.
+            reduce: Multiplies u with W_d.
+        """
+        units = expand(x, self.up, self.up_bias)
         if self.gate is None:
             units = self.activation(units)
         else:
-            units = self.activation(F.linear(x, self.gate, self.gate_bias)) * units
-        return F.linear(F.dropout(units, self.drop_units) if self.drop_units else units, self.down)
+            units = self.activation(expand(x, self.gate, self.gate_bias)) * units
+        return reduce(F.dropout(units, self.drop_units) if self.drop_units else units, self.down)
 
     def finish(self, summed: Tensor) -> Tensor:
         """y of W_d u: b_d, which the layer's parts have in common, and the layer's own dropout."""
