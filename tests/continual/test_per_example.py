@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from transformers import MixtralConfig, MixtralForCausalLM, OPTConfig, OPTForCausalLM
 
-from folklora import LTSFT, AMLoRA, FactorLLM, KaSA, LoRA, MixDA, SMoRA, VLAdapter
+from folklora import LTSFT, AMLoRA, FactorLLM, GenerativeAdapter, KaSA, LoRA, MixDA, SMoRA, VLAdapter
+from folklora.adapters.generative_adapter import GenerativeUpdate
 from folklora.continual import AdaptInfty
 from folklora.continual.answers import answer_of, answers_of
 from folklora.continual.per_example import ExampleGradients
@@ -96,6 +97,25 @@ def test_batches_measure_what_single_examples_do(tiny_llama, tiny_tokenizer, nam
 def test_a_network_that_other_blocks_read_is_differentiated_in_all_of_them(tiny_llama, tiny_tokenizer):
     adapter = VLAdapter(form="hyperformer", target_modules=["o_proj", "down_proj"])
     assert check_gradients(moved(tiny_llama(1), adapter).double(), tiny_tokenizer, block=0)
+
+
+class OwnWriter(GenerativeUpdate):
+    """Each row writes for itself: what enters the block makes the row's own M."""
+
+    def function(self, x, y, mask=None):
+        M = self.normalise(self.statistic(self._entering(x), mask))
+        return self._applied(x, M).to(y.dtype)
+
+
+class OwnWriting(GenerativeAdapter):
+    def update(self, weight):
+        return OwnWriter(self, tuple(weight.shape), weight)
+
+
+def test_what_entered_a_block_is_taken_row_by_row(tiny_llama, tiny_tokenizer):
+    adapter = OwnWriting(r=4, norm="frobenius", target_modules=["q_proj", "o_proj"])
+    for block in (0, 1):
+        assert check_gradients(moved(tiny_llama(1), adapter).double(), tiny_tokenizer, block)
 
 
 @pytest.mark.parametrize("block", [0, None])
