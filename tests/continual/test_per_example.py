@@ -12,7 +12,7 @@ from folklora import LTSFT, AMLoRA, FactorLLM, GenerativeAdapter, KaSA, LoRA, Mi
 from folklora.adapters.generative_adapter import GenerativeUpdate
 from folklora.continual import AdaptInfty
 from folklora.continual.answers import answer_of, answers_of
-from folklora.continual.per_example import ExampleGradients
+from folklora.continual.per_example import ExampleGradients, batches
 from folklora.continual.scores import Measure, block_parameters
 from folklora.stream.tasks import Example
 from folklora.stream.tokens import encode
@@ -149,9 +149,9 @@ def test_batches_hold_no_more_than_they_may(tiny_llama, tiny_tokenizer):
     model = moved(tiny_llama(1), LoRA(r=2, target_modules=LAYERS)).eval()
     rows = encoded(model, tiny_tokenizer)
     for tokens in (1, 64, 100):
-        batches = Measure(64, tokens=tokens)._batches(rows, 3)
-        assert sorted(i for batch in batches for i in batch) == list(range(5))
-        for batch in batches:
+        found = batches(rows, 3, tokens)
+        assert sorted(i for batch in found for i in batch) == list(range(5))
+        for batch in found:
             longest = max(len(rows[i]["input_ids"]) for i in batch)
             assert len(batch) == 1 or (len(batch) <= 3 and len(batch) * longest <= tokens)
     lengths = [len(answer) for _, answer in answers_of(model, rows)]
