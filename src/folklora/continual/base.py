@@ -36,9 +36,10 @@ class ContinualMethod:
     """A way of learning a stream of tasks over any adapter method.
 
     The stream calls, for each task: `prepare`; for each of its `phases`, `enter` and training on `examples` with
-    `begin` before its first step and `penalty` in the loss; `finish`, and `kept` for the old examples that stay; and
-    `route` before each evaluation. A run that was stopped begins its task anew. Where `reads_logits`, `logits_penalty`
-    is in the loss as well. A method overrides what it does differently; the base class trains one adapter on and on.
+    `begin` before its first step and `penalty` in the loss; `finish`, and `kept` for the old examples that stay;
+    `route` before each evaluation; and `measures` for the report. A run that was stopped begins its task anew. Where
+    `reads_logits`, `logits_penalty` is in the loss as well. A method overrides what it does differently; the base
+    class trains one adapter on and on.
 
     Args:
         adapter: Options of the adapter that is trained, any `peft.PeftConfig`.
