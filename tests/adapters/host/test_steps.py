@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -225,7 +225,8 @@ def test_an_adapter_that_is_not_trained_is_not_regularised() -> None:
 
 
 def test_an_adapter_set_aside_and_put_back_is_regularised_and_a_deleted_one_is_not() -> None:
-    model = tiny.precise(PENALISED)
+    config = replace(PENALISED, reduction="sum")
+    model = tiny.precise(config)
     whole = folklora.penalty(model)
     assert whole > 0
     with others_aside(model):
@@ -237,9 +238,11 @@ def test_an_adapter_set_aside_and_put_back_is_regularised_and_a_deleted_one_is_n
     model.add_adapter("other", LoRA(r=2, target_modules=["q_proj"]))
     model.delete_adapter(name)
     assert folklora.penalty(model) == 0
-    model.add_adapter(name, PENALISED)
+    model.add_adapter(name, config)
     model.set_adapter(name)
-    assert folklora.penalty(model) > 0
+    once = sum(float(update.penalty()) for _, update in updates_of(model, name))
+    assert once > 0
+    assert float(folklora.penalty(model)) == pytest.approx(once)
 
 
 def test_the_value_for_logs_is_what_enters_the_loss() -> None:
