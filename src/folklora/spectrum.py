@@ -39,6 +39,9 @@ _RELIABLE_SHARE = 1e-4
 # Relative round-off of a sum of squares that were computed by way of the Gram matrix.
 _SUM_ERROR = 1e-12
 
+# Rows of float32 span a direction surely where its share of their length is above this.
+_SPANNED_SHARE = 1e-6
+
 # Entries this close to the largest one count as tied for it, so that round-off does not choose the sign.
 _SIGN_TIE = 1e-6
 
@@ -259,6 +262,40 @@ def orthonormality_error(factor: Tensor) -> Tensor:
         gram = rows @ rows.mT
     identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     return ((gram - identity).square().sum((-2, -1)) + torch.finfo(gram.dtype).eps).sqrt()
+
+
+def row_overlap(rows: Tensor, others: Tensor) -> Tensor:
+    """How much of the smaller of two row spaces lies in the other: the mean squared cosine of their principal angles.
+
+        (1/t) ||Q_1 Q_2^T||_F^2 = (1/t) sum_i cos^2 theta_i        Q: an orthonormal basis of each's rows, t: the
+                                                                   smaller of their ranks
+
+    It is 0 where all rows are orthogonal and 1 where one space contains the other. Neither the rows' lengths nor
+    which basis they are changes it. Of random spaces of ranks r and t <= r it is r/n on average.
+
+    Args:
+        rows: [..., r, n], any floating dtype; computed in float64.
+        others: [..., t, n]; their leading dimensions broadcast with those of `rows`.
+
+    Returns:
+        [...], float64; 0 where a matrix has no rows but zeros.
+
+    Raises:
+        ValueError: One of them is no floating-point matrix.
+    """
+    _check_matrix("rows", rows)
+    _check_matrix("others", others)
+    (first, rank), (second, other_rank) = _row_basis(rows), _row_basis(others)
+    return (first @ second.mT).square().sum((-2, -1)) / torch.minimum(rank, other_rank).clamp_min(1)
+
+
+def _row_basis(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """An orthonormal basis of the rows, as many, the spare ones 0; and the rank."""
+    rows = rows.detach().double()
+    values, vectors = torch.linalg.eigh(rows @ rows.mT)
+    spanned = values > _SPANNED_SHARE**2 * values[..., -1:]
+    scale = torch.where(spanned, values, 1).rsqrt() * spanned
+    return scale.unsqueeze(-1) * (vectors.mT @ rows), spanned.sum(-1)
 
 
 def _check_matrix(name: str, matrix: Tensor) -> None:

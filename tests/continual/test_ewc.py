@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import peft
 import pytest
 import torch
 import torch.nn.functional as F
@@ -50,8 +51,11 @@ def test_the_fisher_is_the_mean_of_each_example_s_squared_gradient(
 ):
     # dropout must not matter: the Fisher is taken in evaluation mode
     model = moved(EWC(adapter=LoRA(r=2, dropout=0.5)), tiny_t5(0) if two_sided else tiny_llama(1)).train()
-    examples = stream[1].train[:6]
+    examples, calls = stream[1].train[:6], []
+    handle = model.get_base_model().register_forward_pre_hook(lambda *_: calls.append(1))
     found = empirical_fisher(model, tiny_tokenizer, examples, 48)
+    handle.remove()
+    assert len(calls) == 2, "one to see what reads the parameters, and one for all examples"
     assert model.training
     expected = by_hand(model, tiny_tokenizer, examples, two_sided)
     assert found.keys() == expected.keys()
@@ -63,6 +67,15 @@ def test_the_fisher_is_the_mean_of_each_example_s_squared_gradient(
     mean = sum(model.eval()(**row).loss for row in rows) / len(rows)
     squares = torch.autograd.grad(mean, list(named.values()))
     assert any(not torch.allclose(found[n], g**2, rtol=0.5) for n, g in zip(named, squares, strict=True))
+
+
+def test_the_fisher_of_an_adapter_that_has_no_layers_of_ours(tiny_llama, tiny_tokenizer, stream):
+    model = EWC(adapter=peft.LoraConfig(r=2, init_lora_weights=False)).start(tiny_llama(1))
+    found = empirical_fisher(model, tiny_tokenizer, stream[1].train[:4], 48)
+    expected = by_hand(model, tiny_tokenizer, stream[1].train[:4])
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name].double(), value, rtol=1e-4, atol=1e-5 * float(value.max()))
 
 
 def test_penalty_and_gradient_are_zero_at_the_anchor_and_quadratic_beside_it(tiny_llama, tiny_tokenizer, stream):

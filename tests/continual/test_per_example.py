@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 from transformers import MixtralConfig, MixtralForCausalLM, OPTConfig, OPTForCausalLM
 
-from folklora import LTSFT, AMLoRA, FactorLLM, KaSA, LoRA, MixDA, SMoRA, VLAdapter
+from folklora import LTSFT, AMLoRA, FactorLLM, GenerativeAdapter, KaSA, LoRA, MixDA, SMoRA, VLAdapter
+from folklora.adapters.generative_adapter import GenerativeUpdate
 from folklora.continual import AdaptInfty
 from folklora.continual.answers import answer_of, answers_of
-from folklora.continual.per_example import ExampleGradients
+from folklora.continual.per_example import ExampleGradients, batches
 from folklora.continual.scores import Measure, block_parameters
 from folklora.stream.tasks import Example
 from folklora.stream.tokens import encode
@@ -98,6 +99,25 @@ def test_a_network_that_other_blocks_read_is_differentiated_in_all_of_them(tiny_
     assert check_gradients(moved(tiny_llama(1), adapter).double(), tiny_tokenizer, block=0)
 
 
+class OwnWriter(GenerativeUpdate):
+    """Each row writes for itself: what enters the block makes the row's own M."""
+
+    def function(self, x, y, mask=None):
+        M = self.normalise(self.statistic(self._entering(x), mask))
+        return self._applied(x, M).to(y.dtype)
+
+
+class OwnWriting(GenerativeAdapter):
+    def update(self, weight):
+        return OwnWriter(self, tuple(weight.shape), weight)
+
+
+def test_what_entered_a_block_is_taken_row_by_row(tiny_llama, tiny_tokenizer):
+    adapter = OwnWriting(r=4, norm="frobenius", target_modules=["q_proj", "o_proj"])
+    for block in (0, 1):
+        assert check_gradients(moved(tiny_llama(1), adapter).double(), tiny_tokenizer, block)
+
+
 @pytest.mark.parametrize("block", [0, None])
 def test_both_sides_of_an_encoder_decoder(tiny_t5, tiny_tokenizer, block):
     model = moved(tiny_t5(1), AMLoRA(r=2, tasks=2, granularity="sequence", target_modules=["q", "v"]))
@@ -129,9 +149,9 @@ def test_batches_hold_no_more_than_they_may(tiny_llama, tiny_tokenizer):
     model = moved(tiny_llama(1), LoRA(r=2, target_modules=LAYERS)).eval()
     rows = encoded(model, tiny_tokenizer)
     for tokens in (1, 64, 100):
-        batches = Measure(64, tokens=tokens)._batches(rows, 3)
-        assert sorted(i for batch in batches for i in batch) == list(range(5))
-        for batch in batches:
+        found = batches(rows, 3, tokens)
+        assert sorted(i for batch in found for i in batch) == list(range(5))
+        for batch in found:
             longest = max(len(rows[i]["input_ids"]) for i in batch)
             assert len(batch) == 1 or (len(batch) <= 3 and len(batch) * longest <= tokens)
     lengths = [len(answer) for _, answer in answers_of(model, rows)]

@@ -14,16 +14,17 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Trainer
 
-from folklora import AMLoRA, LoRA, add_task
+from folklora import AMLoRA, KaSA, LoRA, add_task
 from folklora.adapters.host.layer import layers_of
 from folklora.continual import AdapterPerTask, AMLoRAStream, IncLoRA, MultiTask, PerTask, Replay, SeqLoRA
 from folklora.methods import methods
 from folklora.stream.learn import learn
 from folklora.stream.run import Run, RunError
 from folklora.stream.tasks import Example, Task
-from folklora.stream.train import TrainSettings, train_task
+from folklora.stream.tokens import encode
+from folklora.stream.train import TrainSettings, _arguments, _causal_trainer, train_task
 
 QUICK = {"r": 2, "dropout": 0.0, "learning_rate": 0.02, "batch_size": 8, "max_length": 48, "epochs": 2}
 
@@ -293,6 +294,20 @@ def test_two_forms_of_one_method_need_a_run_each(model_folder, tasks, tmp_path):
     with pytest.raises(ValueError, match="seq-lora is given twice"):
         learn(model_folder, tasks, ["seq-lora", SeqLoRA()], out=tmp_path / "run", options=QUICK)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_weight_decay_falls_on_what_the_trainer_would_choose(tiny_llama, tiny_tokenizer, tasks, tmp_path, decay):
+    method = SeqLoRA(adapter=KaSA(r=2, train_bias=True, target_modules=["q_proj"]))
+    model = method.start(tiny_llama(1, attention_bias=True))
+    rows = [encode(tiny_tokenizer, example, 48) for example in tasks[0].train]
+    arguments = _arguments(TrainSettings(weight_decay=decay), 0, tmp_path, len(rows))
+    trainer = _causal_trainer(model, tiny_tokenizer, rows, arguments, [], method)
+    found = {id(p): group["weight_decay"] for group in trainer.create_optimizer().param_groups for p in group["params"]}
+    named = Trainer.get_decay_parameter_names(trainer, model)
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    assert found == {id(p): decay if name in named else 0.0 for name, p in trained}
+    assert {name in named for name, _ in trained} == {True, False}
 
 
 def test_a_long_stream_need_not_be_scored_on_everything_after_each_task(model_folder, tasks, tmp_path):

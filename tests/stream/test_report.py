@@ -209,11 +209,12 @@ def test_every_problem_is_told(tmp_path: Path) -> None:
     results["methods"]["seq-lora"]["matrix"][2][1] = 130
     results["methods"]["seq-lora"]["losses"] = [{"task": 7, "step": 1, "loss": 0.5}]
     results["methods"]["am-lora"]["attention"]["mean"].pop()
+    results["methods"]["am-lora"]["measures_by_task"] = [{"overlap": "much"}]
     (tmp_path / "results.json").write_text(json.dumps(results), encoding="utf-8")
     with pytest.raises(ValueError) as caught:
         write_report(tmp_path)
     lines = str(caught.value).splitlines()
-    assert len(lines) == 5
+    assert len(lines) == 6
     assert all(line.startswith(str(tmp_path / "results.json")) for line in lines)
     for words in (
         "methods.replay: 'forgetting' is missing",
@@ -221,6 +222,7 @@ def test_every_problem_is_told(tmp_path: Path) -> None:
         "row 3 of the matrix, column 2: 130 is no percentage",
         "record 0 must have a task from 0 to 2",
         "'mean' must be 3 tasks of 4 layers of 4 slots",
+        "methods.am-lora: 'measures_by_task':",
     ):
         assert sum(words in line for line in lines) == 1, words
     assert not (tmp_path / "report.html").exists()

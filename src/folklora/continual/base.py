@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from folklora.adapters import LoRA
+from folklora.continual.overlap import reading_overlap
 from folklora.stream.tasks import Example, Task
 
 
@@ -35,9 +36,10 @@ class ContinualMethod:
     """A way of learning a stream of tasks over any adapter method.
 
     The stream calls, for each task: `prepare`; for each of its `phases`, `enter` and training on `examples` with
-    `begin` before its first step and `penalty` in the loss; `finish`, and `kept` for the old examples that stay; and
-    `route` before each evaluation. A run that was stopped begins its task anew. Where `reads_logits`, `logits_penalty`
-    is in the loss as well. A method overrides what it does differently; the base class trains one adapter on and on.
+    `begin` before its first step and `penalty` in the loss; `finish`, and `kept` for the old examples that stay;
+    `route` before each evaluation; and `measures` for the report. A run that was stopped begins its task anew. Where
+    `reads_logits`, `logits_penalty` is in the loss as well. A method overrides what it does differently; the base
+    class trains one adapter on and on.
 
     Args:
         adapter: Options of the adapter that is trained, any `peft.PeftConfig`.
@@ -129,6 +131,10 @@ class ContinualMethod:
         """What is carried on to the later tasks beside the adapters; called after the training of task `index`."""
         return {}
 
+    def measures(self, model: PeftModel, index: int) -> dict[str, float]:
+        """What the method measures of itself once task `index` is learnt, by name, for the results and the report."""
+        return {}
+
     def changed(self, model: PeftModel, index: int) -> Collection[str]:
         """Names of the adapters that learning task `index` may have changed; the others' files are not written anew."""
         return list(model.peft_config)
@@ -187,6 +193,10 @@ class AdapterPerTask(ContinualMethod):
         others = [other for other in model.peft_config if other not in own]
         model.set_requires_grad(others, requires_grad=False)
         model.set_requires_grad(own, requires_grad=True)
+
+    def measures(self, model: PeftModel, index: int) -> dict[str, float]:
+        """How far what the task's adapters read overlaps with what older ones read; see `reading_overlap`."""
+        return reading_overlap(model, self.names(index), [name for task in range(index) for name in self.names(task)])
 
     def changed(self, model: PeftModel, index: int) -> Collection[str]:
         """The task's own; the older ones are frozen."""

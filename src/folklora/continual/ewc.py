@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from folklora.continual.answers import answer_of
 from folklora.continual.base import ContinualMethod
+from folklora.continual.per_example import HELD, ExampleGradients, batches
 from folklora.stream.tasks import Example, Task
+from folklora.stream.tokens import encode
 
 
 @dataclass
@@ -23,7 +23,7 @@ class EWC(ContinualMethod):
     r"""Elastic weight consolidation: a quadratic pull towards the old values, weighted by the Fisher information.
 
     One adapter is trained on and on, as in SeqLoRA. After task k, with its parameters at θ_k, the diagonal of the
-    empirical Fisher information is taken over N of its training examples, one at a time:
+    empirical Fisher information is taken over N of its training examples, each by its own gradient:
         F_k[p] = (1/N) Σ_n (∂ log p(y_n | x_n) / ∂θ_p)²        log p(y | x): the sum over the answer's tokens
     in float32 and in evaluation mode. The loss of task t is
         L_task + (λ/2) Σ_{k < t} Σ_p F_k[p] (θ_p - θ_k[p])²
@@ -153,26 +153,26 @@ def empirical_fisher(
         max_length: As in training.
     """
     named = dict(_trained(model))
-    parameters = list(named.values())
-    sums = [torch.zeros_like(parameter, dtype=torch.float32) for parameter in parameters]
+    parameters, sizes = list(named.values()), [parameter.numel() for parameter in named.values()]
+    rows = [encode(tokenizer, example, max_length, bool(model.config.is_encoder_decoder)) for example in examples]
+    total: Tensor | float = 0.0
     training = model.training
     model.eval()
     try:
-        for example in examples:
-            gradients = torch.autograd.grad(
-                _surprise(model, tokenizer, example, max_length), parameters, allow_unused=True
-            )
-            for total, gradient in zip(sums, gradients, strict=True):
-                if gradient is not None:
-                    total += gradient.float().square()
+        read_gradients = ExampleGradients(model, parameters, rows[0])
+        for batch in batches(rows, max(1, HELD // sum(sizes))):
+            gradients, read = read_gradients([rows[i] for i in batch])
+            # they are of the mean over the answer's tokens, and its log-likelihood is their sum
+            counts = gradients.new_tensor([len(answer) for _, answer in read])
+            total = total + (gradients * counts.unsqueeze(1)).square().sum(0)
     finally:
         model.train(training)
-    return {name: total / len(examples) for name, total in zip(named, sums, strict=True)}
-
-
-def _surprise(model: PeftModel, tokenizer: PreTrainedTokenizerBase, example: Example, max_length: int) -> Tensor:
-    """-log p(answer | prompt), summed over the answer's tokens."""
-    return F.cross_entropy(*answer_of(model, tokenizer, example, max_length), reduction="sum")
+    parts = (total / len(rows)).split(sizes)
+    # each in its own storage: what is carried on is saved by itself
+    return {
+        name: part.view_as(parameter).to(parameter.device, copy=True)
+        for (name, parameter), part in zip(named.items(), parts, strict=True)
+    }
 
 
 def _trained(model: PeftModel) -> Iterator[tuple[str, nn.Parameter]]:

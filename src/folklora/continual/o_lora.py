@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from folklora.adapters.host.layer import layers_of
 from folklora.continual.inc_lora import IncLoRA
+from folklora.continual.overlap import trained_rows
 from folklora.stream.tasks import Task
 
 _NORMS = {
@@ -39,6 +40,10 @@ class OLoRA(IncLoRA):
     at length 1 and so leaves only the second way. λ₁ has to be tuned for other sizes. Its weight does not depend on
     the number of micro-batches a step, as it does in the reference code. The old adapters are kept one by one, not
     concatenated. λ₁ is the same for all tasks; the reference scripts change it and λ₂ within the long orders.
+
+    How orthogonal the rows come out is in the results, by task: `reading_overlap`, the mean squared cosine of the
+    angles between the spaces that a new and an old A's rows span, (1/r) ‖Q_i Q_tᵀ‖_F² with orthonormal bases Q of them;
+    0 is orthogonal, 1 the same space, and r/in what random rows have on average. IncLoRA reports it too.
 
     Source: Wang et al., "Orthogonal Subspace Learning for Language Model Continual Learning", EMNLP Findings 2023,
     arXiv 2310.14152.
@@ -95,7 +100,7 @@ class OLoRA(IncLoRA):
         """
         adapted = super().start(model, adapter_name)
         updates = [layer.folklora_updates[adapter_name] for layer in layers_of(adapted)]
-        if not updates or not all(_trains_rows(update) for update in updates):
+        if not updates or any(trained_rows(update) is None for update in updates):
             name = getattr(self.adapter, "method", "") or type(self.adapter).__name__
             raise ValueError(
                 f"o-lora keeps the rows of the trained A of each adapter apart, and '{name}' has no such A; "
@@ -121,12 +126,6 @@ class OLoRA(IncLoRA):
         if self.lambda_2:
             parts.append(self.lambda_2 * _total([torch.linalg.vector_norm(parameter) for parameter in self._new]))
         return sum(parts) if parts else None
-
-
-def _trains_rows(update: nn.Module) -> bool:
-    """Whether the update trains one matrix A, whose rows are the directions that it reads."""
-    A = getattr(update, "A", None)
-    return isinstance(A, nn.Parameter) and A.dim() == 2 and A.requires_grad
 
 
 def _total(values: Sequence[Tensor]) -> Tensor:

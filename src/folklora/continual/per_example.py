@@ -25,6 +25,10 @@ from folklora.continual.answers import answers_of
 
 Row = Mapping[str, Sequence[int]]
 """An encoded example."""
+HELD = 2**26
+"""About how many numbers of gradients are held at once."""
+TOKENS = 4096
+"""Of a batch: eight of the longest examples that the stream reads by default, half of what training reads at once."""
 
 # torch's attention may have the batch second, and a stack of experts sees tokens without their rows
 _KINDS: tuple[Kind, ...] = (LINEAR, TRANSPOSED, EMBEDDING, FEED_FORWARD)
@@ -138,6 +142,24 @@ class ExampleGradients:
         return _flat(torch.autograd.grad(outputs, self.parameters, arrived, materialize_grads=True))
 
 
+def batches(rows: Sequence[Row], most: int, tokens: int = TOKENS) -> list[list[int]]:
+    """The numbers of the rows, those of like length together.
+
+    Args:
+        rows: Encoded examples.
+        most: Rows of a batch.
+        tokens: Of a batch, with its padding; an example that is longer is one by itself.
+    """
+    found: list[list[int]] = []
+    for i in sorted(range(len(rows)), key=lambda i: (len(rows[i]["input_ids"]), len(rows[i]["labels"]))):
+        longest = max(len(rows[i]["input_ids"]), len(rows[i]["labels"]))
+        if found and len(found[-1]) < min(most, tokens // longest):
+            found[-1].append(i)
+        else:
+            found.append([i])
+    return found
+
+
 @contextmanager
 def recorded(layers: Sequence[FolkloraLayer]) -> Iterator[list[LayerCall]]:
     """Note the calls of layers within this block, in their order."""
@@ -178,4 +200,5 @@ def _detached(read: Sequence[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tenso
 
 
 def _flat(parts: Sequence[Tensor]) -> Tensor:
-    return torch.cat([part.flatten().float() for part in parts])
+    # layers may lie on several devices
+    return torch.cat([part.flatten().to(parts[0].device, torch.float32) for part in parts])

@@ -17,15 +17,13 @@ from transformers import PreTrainedTokenizerBase
 
 from folklora.adapters.host.blocks import block_of
 from folklora.continual.answers import answers_of
-from folklora.continual.per_example import ExampleGradients, Row
+from folklora.continual.per_example import HELD, TOKENS, ExampleGradients, Row, batches
 from folklora.selection import random_projection, zero_order_gradient
 from folklora.stream.tasks import Example
 from folklora.stream.tokens import encode
 
 SCORES = ("perplexity", "el2n", "entropy", "grand", "grounding")
 VECTORS = ("gradient", "sign", "zero-order")
-# about how many numbers of unprojected gradients are held at once
-_HELD = 2**26
 
 
 @dataclass(frozen=True)
@@ -62,8 +60,7 @@ class Measure:
     block: int | None = None
     probes: int = 16
     seed: int = 0
-    # eight of the longest examples that the stream reads by default, half of what training reads at once
-    tokens: int = 4096
+    tokens: int = TOKENS
 
     def of(
         self,
@@ -108,35 +105,23 @@ class Measure:
         read_gradients = partial(self._estimated, model, parameters)
         if self.vectors != "zero-order":
             read_gradients = ExampleGradients(model, parameters, rows[0])
-        batches = self._batches(rows, max(1, _HELD // size))
+        parts = batches(rows, max(1, HELD // size), self.tokens)
         found, scores, held = [], [], []
-        for batch in batches:
+        for batch in parts:
             gradients, read = read_gradients([rows[i] for i in batch])
             held.append(gradients.nan_to_num())
             scores.append(_scores(read, held[-1]))
-            if sum(map(len, held)) * size >= _HELD or batch is batches[-1]:
+            if sum(map(len, held)) * size >= HELD or batch is parts[-1]:
                 found.append(self._projected(torch.cat(held)))
                 held = []
-        order = torch.tensor([i for batch in batches for i in batch]).argsort()
+        order = torch.tensor([i for batch in parts for i in batch]).argsort()
         return torch.cat(found)[order], {name: torch.cat([own[name] for own in scores])[order] for name in scores[0]}
-
-    def _batches(self, rows: Sequence[Row], most: int) -> list[list[int]]:
-        """The numbers of the rows, at most so many together, those of like length."""
-        batches: list[list[int]] = []
-        for i in sorted(range(len(rows)), key=lambda i: (len(rows[i]["input_ids"]), len(rows[i]["labels"]))):
-            longest = max(len(rows[i]["input_ids"]), len(rows[i]["labels"]))
-            room = min(most, self.tokens // longest)
-            if batches and len(batches[-1]) < room:
-                batches[-1].append(i)
-            else:
-                batches.append([i])
-        return batches
 
     @torch.no_grad()
     def _perplexities(self, model: PeftModel, rows: Sequence[Row]) -> list[float]:
         """The logs of them."""
         found = [math.nan] * len(rows)
-        for batch in self._batches(rows, len(rows)):
+        for batch in batches(rows, len(rows), self.tokens):
             read = answers_of(model, [rows[i] for i in batch])
             values = torch.stack([log_perplexity(*each) for each in read]).tolist()
             for i, value in zip(batch, values, strict=True):

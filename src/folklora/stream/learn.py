@@ -190,6 +190,7 @@ class _Lesson:
             "train_seconds": round(trained, 3),
             "seconds": round(time.perf_counter() - began, 3),
             "attention": self.method.observe(model, course.tokenizer, course.tasks) if last else None,
+            "measures": self.method.measures(model, index),
         }
         changed = self.method.changed(model, index)
         course.run.save_state(self.method.method, index + 1, model, state, {**carried, **pack(examples)}, changed)
@@ -264,10 +265,9 @@ class _Lesson:
         return round(100 * right / len(rows), 6)
 
     def _entry(self) -> dict[str, Any]:
-        count = len(self.course.tasks)
+        count, start = len(self.course.tasks), self.states[0]["start"]
         rows = [state["row"] for state in self.states]
         matrix = [[None] * count for _ in range(count - 1)] + rows if self.method.joint else rows
-        start = self.states[0]["start"]
         return {
             "matrix": matrix,
             "start": start,
@@ -283,6 +283,7 @@ class _Lesson:
             "settings": {**describe(self.method), **dataclasses.asdict(self.course.settings)},
             "losses": [{"task": i, **point} for i, state in enumerate(self.states) for point in state["losses"]],
             "attention": self.states[-1]["attention"],
+            "measures_by_task": [state.get("measures", {}) for state in self.states],
         }
 
 

@@ -52,7 +52,7 @@ def write_report(run: str | Path) -> Path:
     methods, tasks = results["methods"], results["tasks"]
     parts = [_heading(results), _summary(results), _average_section(methods, len(tasks))]
     parts += [_retention(methods, tasks), _matrices(methods, tasks), _memory(methods, len(tasks))]
-    parts += [_losses(methods, tasks), _attention(methods)]
+    parts += [_losses(methods, tasks), _attention(methods), _measures(methods, tasks)]
     parts.append(_settings(methods))
     path = Path(run) / "report.html"
     write_text(path, page(f"Folklora: {results['model']}, {len(tasks)} tasks", "\n".join(filter(None, parts))))
@@ -259,6 +259,24 @@ def _attention(methods: dict[str, Any]) -> str:
         "strong cell in a task's own column means that the method finds the right adapter without being told the task; "
         "strong cells elsewhere mean that tasks share adapters, or are confused. The column none, where there is one, "
         "is attention to no adapter: the base model as it was.</p>\n" + "\n".join(parts)
+    )
+
+
+def _measures(methods: dict[str, Any], tasks: Sequence[str]) -> str:
+    rows = []
+    for method, entry in methods.items():
+        found = entry["measures_by_task"]
+        for name in dict.fromkeys(name for measures in found for name in measures):
+            values = [measures.get(name) for measures in found] + [None] * (len(tasks) - len(found))
+            cells = [MISSING if value is None else f"{value:.3g}" for value in values]
+            rows.append([method, name.replace("_", " "), *cells])
+    if not rows:
+        return ""
+    return (
+        "<h2>What methods measured of themselves</h2>\n"
+        "<p>Once each task (column) was learnt. Reading overlap: how much of what its adapter reads the adapters of "
+        "earlier tasks read too, the mean squared cosine of the angles between their spaces; 0 is orthogonal, 1 the "
+        f"same, and by chance is what random ones would have.</p>\n{text_table(['Method', 'Measure', *tasks], rows, 2)}"
     )
 
 

@@ -92,7 +92,7 @@ def _check_method(entry: Any, tasks: list[str]) -> tuple[dict[str, Any], list[st
     numbers = [key for key, *_ in SCORES] + [key for key, *_ in COSTS]
     later = dict.fromkeys(key for key in (*STORED, *(f"{key}_by_task" for key in STORED)) if key != "stored_parameters")
     problems = [f"'{key}' is missing" for key in ["matrix", *numbers] if key not in {**entry, **later}]
-    entry = {**later, "start": None, "settings": {}, "losses": [], "attention": None, **entry}
+    entry = {**later, "start": None, "settings": {}, "losses": [], "attention": None, "measures_by_task": [], **entry}
     checks = {
         "matrix": lambda value: read_matrix(value, len(tasks)),
         "start": lambda value: read_scores(value, len(tasks), "the scores before training"),
@@ -100,6 +100,7 @@ def _check_method(entry: Any, tasks: list[str]) -> tuple[dict[str, Any], list[st
         "settings": _must_be((dict,), "an object"),
         "losses": lambda value: _check_losses(value, len(tasks)),
         "attention": _check_attention,
+        "measures_by_task": lambda value: _check_measures(value, len(tasks)),
         **dict.fromkeys((*numbers, "stored_examples"), read_number),
         **dict.fromkeys((f"{key}_by_task" for key in STORED), lambda value: _read_by_stage(value, len(tasks))),
     }
@@ -137,6 +138,13 @@ def _check_losses(losses: Any, count: int) -> list[dict[str, Any]]:
             raise ValueError(f"record {i} must have a task from 0 to {count - 1} and a step that is a number")
         read_number(record["loss"])
     return losses
+
+
+def _check_measures(measures: Any, count: int) -> list[dict[str, float | None]]:
+    if len(_must_be((list,), "a list")(measures)) > count:
+        raise ValueError(f"must hold {count} objects at most, one a task")
+    of_numbers = _must_be((dict,), "a list of objects")
+    return [{name: read_number(value) for name, value in of_numbers(found).items()} for found in measures]
 
 
 def _check_attention(attention: Any) -> dict[str, Any] | None:

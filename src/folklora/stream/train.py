@@ -195,6 +195,10 @@ class _Watch(TrainerCallback):
 
 def _with_penalties(trainer_class: type, method: ContinualMethod) -> type:
     class WithPenalties(trainer_class):
+        def get_decay_parameter_names(self, model: Any) -> set[str]:
+            # the trainer looks each parameter up in these, and a stream may have thousands that are frozen
+            return set(super().get_decay_parameter_names(model)) if self.args.weight_decay else set()
+
         def compute_loss(
             self, model: Any, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None
         ) -> Any:

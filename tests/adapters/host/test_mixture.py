@@ -109,6 +109,17 @@ def test_the_base_alone_is_read_without_adapters_dropout_and_gradients() -> None
     assert not torch.allclose(logits(model, ids), found, atol=1e-3)
 
 
+def test_the_modes_of_what_is_read_alone_are_put_back_and_no_others_are_touched() -> None:
+    model = adapted(tiny.llama()).train()
+    for _, update in updates_of(model, "three"):
+        update.eval()
+    before = {name: module.training for name, module in model.named_modules()}
+    with base_alone(model.get_base_model(), ["two"]):
+        during = {name: module.training for name, module in model.get_base_model().named_modules()}
+    assert {name.rpartition(".")[2] for name, training in during.items() if training} == {"one", "folklora_updates"}
+    assert {name: module.training for name, module in model.named_modules()} == before
+
+
 def test_the_base_is_read_with_adapters_that_belong_to_it_whatever_else_is_mixed() -> None:
     model, ids = adapted(tiny.llama()).eval(), tiny.batch()["input_ids"]
     model.base_model.set_adapter("two")

@@ -5,11 +5,12 @@ Run as a script (torchrun --nproc_per_node=2 test_steps.py RESULTS) this file is
 
 from __future__ import annotations
 
+import copy
 import os
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ import folklora
 from folklora import DiffoRA, KaSA, LoRA, SMoRA, methods, tiny
 from folklora.adapters.base import AdapterConfig
 from folklora.adapters.diffora import Search, gates
+from folklora.adapters.host.aside import others_aside
 from folklora.adapters.host.layer import layers_of, updates_of
 from folklora.adapters.lora import LoRAUpdate
 
@@ -220,6 +222,27 @@ def test_an_adapter_that_is_not_trained_is_not_regularised() -> None:
     for name, value in model.named_parameters():
         assert torch.equal(value, before[name]), name
     assert folklora.penalty(model) == 0
+
+
+def test_an_adapter_set_aside_and_put_back_is_regularised_and_a_deleted_one_is_not() -> None:
+    config = replace(PENALISED, reduction="sum")
+    model = tiny.precise(config)
+    whole = folklora.penalty(model)
+    assert whole > 0
+    with others_aside(model):
+        assert folklora.penalty(model) == 0
+        torch.optim.SGD(model.parameters(), lr=0.5).step()
+    for one in (model, copy.deepcopy(model)):
+        assert folklora.penalty(one) == whole
+    name = next(iter(model.peft_config))
+    model.add_adapter("other", LoRA(r=2, target_modules=["q_proj"]))
+    model.delete_adapter(name)
+    assert folklora.penalty(model) == 0
+    model.add_adapter(name, config)
+    model.set_adapter(name)
+    once = sum(float(update.penalty()) for _, update in updates_of(model, name))
+    assert once > 0
+    assert float(folklora.penalty(model)) == pytest.approx(once)
 
 
 def test_the_value_for_logs_is_what_enters_the_loss() -> None:

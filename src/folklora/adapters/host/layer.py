@@ -50,6 +50,7 @@ class FolkloraLayer(nn.Module, BaseTunerLayer):
         self.dropouts: dict[str, float] = {}
         self.reductions: dict[str, str] = {}
         self.waiting: set[str] = set()
+        self.asked_at_steps: list[str] = []
         self.merged_adapters: list[str] = []
         self.unmerged: dict[str, nn.Parameter] = {}
         self.siblings: list[FolkloraLayer] = []
@@ -87,6 +88,8 @@ class FolkloraLayer(nn.Module, BaseTunerLayer):
             # FSDP2 shards only what lies in one piece, and a transposed factor does not
             parameter.data = parameter.data.contiguous()
         self.folklora_updates[adapter_name] = update
+        if type(update).penalty is not Update.penalty or type(update).after_step is not Update.after_step:
+            self.asked_at_steps.append(adapter_name)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.dropouts[adapter_name] = config.dropout
         self.reductions[adapter_name] = config.penalty_reduction
@@ -305,6 +308,7 @@ class FolkloraLayer(nn.Module, BaseTunerLayer):
         self.dropouts.pop(adapter_name, None)
         self.reductions.pop(adapter_name, None)
         self.waiting.discard(adapter_name)
+        self.asked_at_steps = [name for name in self.asked_at_steps if name != adapter_name]
         if adapter_name in self.context.shared:
             del self.context.shared[adapter_name]
 
@@ -369,6 +373,11 @@ def _factors_of(update: Update, corrects: bool, *inputs: Tensor | None) -> Facto
 
 def layers_of(model: nn.Module) -> Iterator[FolkloraLayer]:
     """Every layer of `model` that carries Folklora's updates, in the model's order."""
+    return (module for module in modules_without_updates(model) if isinstance(module, FolkloraLayer))
+
+
+def modules_without_updates(model: nn.Module) -> Iterator[nn.Module]:
+    """Every module of `model` but the updates on its layers, in the model's order."""
     seen: set[nn.Module] = set()
     waiting = [model]
     while waiting:
@@ -376,8 +385,7 @@ def layers_of(model: nn.Module) -> Iterator[FolkloraLayer]:
         if module in seen:
             continue
         seen.add(module)
-        if isinstance(module, FolkloraLayer):
-            yield module
+        yield module
         # updates hold no layers, and where there are many adapters they are most of the model
         children = [child for name, child in module._modules.items() if name != "folklora_updates"]
         waiting.extend(child for child in reversed(children) if child is not None)

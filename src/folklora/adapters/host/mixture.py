@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from folklora.adapters.host.call import CallContext
-from folklora.adapters.host.layer import layers_of
+from folklora.adapters.host.layer import FolkloraLayer, layers_of, modules_without_updates
 
 Route = Callable[[dict[str, Any]], dict[str, Tensor]]
 """From what a model is called with to the weight of each adapter in each row, [rows], or [1] for all rows alike."""
@@ -51,12 +51,18 @@ def base_alone(model: nn.Module, adapters: Sequence[str] = ()) -> Iterator[None]
         model: The base model, with adapters on its layers.
         adapters: Those that belong to the base all the same: they count whole in every row.
     """
-    contexts = {id(layer.context): layer.context for layer in layers_of(model)}.values()
-    training = [module for module in model.modules() if module.training]
+    modules = list(modules_without_updates(model))
+    layers = [module for module in modules if isinstance(module, FolkloraLayer)]
+    contexts = {id(layer.context): layer.context for layer in layers}.values()
+    # the other adapters are not called, and where there are many they are most of the model
+    called = [layer.folklora_updates[name] for layer in layers for name in adapters if name in layer.folklora_updates]
+    modules += [part for update in called for part in update.modules()]
+    training = [module for module in modules if module.training]
     before = [context.alone for context in contexts]
     for context in contexts:
         context.alone = tuple(adapters)
-    model.eval()
+    for module in training:
+        module.training = False
     try:
         with torch.no_grad():
             yield

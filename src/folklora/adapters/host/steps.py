@@ -63,8 +63,14 @@ def activation_penalty(model: nn.Module) -> Tensor | None:
     return sum(getattr(torch.stack(values), reduction)() for (_, reduction), values in by_adapter.items())
 
 
+def _acting(layer: FolkloraLayer) -> Iterator[tuple[str, Update]]:
+    # each step asks, and of a stream's many adapters most have nothing to do
+    updates = layer.folklora_updates
+    return ((name, updates[name]) for name in layer.asked_at_steps if name in updates)
+
+
 def _regularised(layer: FolkloraLayer) -> Iterator[tuple[str, Update]]:
-    for name, update in layer.folklora_updates.items():
+    for name, update in _acting(layer):
         overrides = type(update).penalty is not Update.penalty
         if overrides and any(p.requires_grad for p in update.parameters()):
             yield name, update
@@ -155,7 +161,7 @@ def _add_penalty_gradients(optimizer: Optimizer, args: Any, kwargs: Any) -> None
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     held: set[int] | None = None
     for layer in LIVE_LAYERS.values():
-        for update in layer.folklora_updates.values():
+        for _, update in _acting(layer):
             if type(update).after_step is Update.after_step:
                 continue
             held = _held(optimizer) if held is None else held
