@@ -24,7 +24,8 @@ class L2P(ContinualMethod):
 
     The query q(x) [d] is the mean over x's tokens of the frozen model's last hidden states, taken without prompts: of
     the encoder, or of a causal model over the question alone (its answer does not count, in training either). The N
-    keys of the highest cos(q(x), k_j) choose the prompts, which stand before the text, the most similar first. The loss
+    keys of the highest cos(q(x), k_j) choose the prompts, which stand before the text, or with `place` of "answer"
+    within the question before its last token (as for `progprompt`), the most similar first. The loss
         L_task - λ · mean over inputs of Σ_{chosen j} cos(q(x), k_j)
     trains prompts and keys; the keys by the second term alone, since choosing has no gradient. M (L_p d + d) trained
     parameters, whatever the number of tasks. What is not chosen has gradient 0 (AdamW may still move it by the
@@ -61,7 +62,7 @@ class L2P(ContinualMethod):
 
     Args:
         adapter: The pool, a `folklora.prompts.PromptPool`. Its options: pool_size, M (10); prompt_length, L_p (10);
-            top_k, N (4).
+            top_k, N (4); place, "front" (the paper's) or "answer".
         pull_weight: λ.
         diversify: Turn later tasks away from the keys that earlier ones chose.
     """
