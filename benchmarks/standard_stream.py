@@ -48,7 +48,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "lt-sft": ("lt-sft", WITHOUT_LORA),
     "exssnet": ("exssnet", {**WITHOUT_LORA, "density": 0.5, "mask_learning_rate": 1e-2}),
     "progprompt": ("progprompt", {**WITHOUT_LORA, **OF_PROMPTS}),
-    "l2p": ("l2p", {**WITHOUT_LORA, **OF_PROMPTS, "prompt_length": 5}),
+    "l2p": ("l2p", {**WITHOUT_LORA, **OF_PROMPTS, "top_k": 1}),
 }
 ORDER_FREE = ("per-task", "multi-task")
 # prompts are trained at other rates than weights

@@ -22,7 +22,7 @@ _PROMPTS = {"place": "answer", "learning_rate": 0.03, "batch_size": 8, "epochs":
 _OWN: dict[str, dict[str, Any]] = {
     "osft": {"r": None},
     "progprompt": {**_PROMPTS, "prompt_length": 10},
-    "l2p": {**_PROMPTS, "prompt_length": 5, "top_k": 2},
+    "l2p": {**_PROMPTS, "prompt_length": 10, "top_k": 1},
 }
 
 
