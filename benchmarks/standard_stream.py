@@ -25,6 +25,8 @@ from jobs import file_name, records, work
 ORDERS = ("order1", "order2", "order3")
 # None leaves an option out
 WITHOUT_LORA: dict[str, Any] = {"r": None, "alpha": None, "dropout": None}
+# the same passes over the examples in smaller steps: prompts need many
+OF_PROMPTS: dict[str, Any] = {"target_modules": None, "place": "answer", "batch_size": 8}
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "am-lora": ("am-lora", {}),
     "am-lora, token gate": ("am-lora", {"granularity": "token", "gate_init": "linear"}),
@@ -45,12 +47,12 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "osft": ("osft", WITHOUT_LORA),
     "lt-sft": ("lt-sft", WITHOUT_LORA),
     "exssnet": ("exssnet", {**WITHOUT_LORA, "density": 0.5, "mask_learning_rate": 1e-2}),
-    "progprompt": ("progprompt", {**WITHOUT_LORA, "target_modules": None}),
-    "l2p": ("l2p", {**WITHOUT_LORA, "target_modules": None}),
+    "progprompt": ("progprompt", {**WITHOUT_LORA, **OF_PROMPTS}),
+    "l2p": ("l2p", {**WITHOUT_LORA, **OF_PROMPTS, "top_k": 1}),
 }
 ORDER_FREE = ("per-task", "multi-task")
 # prompts are trained at other rates than weights
-RATES: dict[str, list[float]] = {"progprompt": [3e-3, 3e-2, 3e-1], "l2p": [3e-3, 3e-2, 3e-1]}
+RATES: dict[str, list[float]] = {"progprompt": [1e-2, 3e-2, 1e-1], "l2p": [1e-2, 3e-2, 1e-1]}
 MEASURES = ("average_accuracy", "backward_transfer", "forward_transfer", "learning_accuracy")
 LONGEST_TEXT = 1200  # characters; the question around the text is never cut
 

@@ -276,12 +276,14 @@ def _demo_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
     if fixed:
         raise ValueError(f"--demo brings its own {' and '.join(fixed)}; leave out --{' --'.join(fixed)}")
     seed = int(arguments.get("seed") or 0)
+    method, own = arguments.get("method") or _DEMO_METHODS, arguments["options"]
+    methods = [method] if isinstance(method, str) else list(method)
     return {
-        "method": list(_DEMO_METHODS),
         **arguments,
+        "method": methods,
         "model": str(model_folder()),
         "tasks": demo_tasks(seed),
-        "options": {**demo_options(), **arguments["options"]},
+        "options": demo_options(methods, own),
     }
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from peft import PeftModel, PromptTuningConfig, get_peft_model
+from torch.nn.utils.rnn import pad_sequence
 
 from folklora import LoRA, learn
 from folklora.continual import ProgPrompt
 from folklora.prompts import PromptPool, SoftPrompt, prompts_of
-from folklora.stream.evaluate import evaluate
+from folklora.stream.evaluate import evaluate, rank_labels
+from folklora.stream.tokens import IGNORED, encode
 from folklora.stream.train import TrainSettings, train_task
 
 OPTIONS = {"r": None, "dropout": None, "prompt_length": 3, "learning_rate": 0.3}
@@ -52,6 +54,55 @@ def test_one_task_is_prompt_tuning_as_peft_does_it(two_sided, tiny_llama, tiny_t
     torch.testing.assert_close(found.loss, expected.loss, rtol=1e-4, atol=1e-4)
 
 
+def test_the_stream_trains_and_scores_as_a_plain_loop_over_pefts_prompt_tuning(
+    tiny_llama, tiny_tokenizer, stream, tmp_path
+):
+    method, rows = ProgPrompt(SoftPrompt(prompt_length=3)), stream[1].train
+    ours = method.start(tiny_llama(1))
+    method.prepare(ours, tiny_tokenizer, stream[1:], 0)
+    theirs = get_peft_model(tiny_llama(1), PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"))
+    mine, other = prompts_of(ours)["task_0"].embedding, theirs.prompt_encoder["default"].embedding.weight
+    other.data.copy_(mine)
+    settings = TrainSettings(learning_rate=0.1, epochs=4, batch_size=len(rows), max_length=48)
+    losses = train_task(ours, tiny_tokenizer, method, rows, settings, seed=0, folder=tmp_path)
+    encoded = [encode(tiny_tokenizer, example, 48) for example in rows]
+    batch = {
+        key: pad_sequence([torch.tensor(row[key]) for row in encoded], batch_first=True, padding_value=blank)
+        for key, blank in (("input_ids", 1), ("labels", IGNORED))
+    }
+    batch["attention_mask"] = batch["input_ids"].ne(1).long()
+    optimizer = torch.optim.AdamW([other], lr=0.1, weight_decay=0.0)
+    for point in losses:
+        loss = theirs(**batch).loss
+        assert point["loss"] == pytest.approx(loss.item(), abs=1e-4)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_([other], 1.0)
+        optimizer.step()
+    assert len(losses) == 4
+    torch.testing.assert_close(mine, other, rtol=1e-3, atol=1e-3)
+    asked = [example.prompt for example in stream[1].test]
+    found, expected = (rank_labels(model, tiny_tokenizer, asked, stream[1].labels) for model in (ours, theirs))
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_a_prompt_over_a_bfloat16_base_is_trained_in_float32(tiny_llama, tiny_tokenizer, stream, tmp_path):
+    method = ProgPrompt(SoftPrompt(prompt_length=3))
+    model = method.start(tiny_llama(1).to(torch.bfloat16))
+    method.prepare(model, tiny_tokenizer, stream, 0)
+    prompt = prompts_of(model)["task_0"].embedding
+    before = prompt.detach().clone()
+    # far below the spacing of bfloat16 numbers of an embedding's size
+    settings = TrainSettings(learning_rate=1e-6, batch_size=24, max_length=48)
+    train_task(model, tiny_tokenizer, method, stream[0].train, settings, seed=0, folder=tmp_path)
+    assert prompt.dtype == torch.float32
+    assert (prompt - before).abs().median().item() == pytest.approx(1e-6, rel=0.1)
+    model.save_pretrained(tmp_path / "saved")
+    base = tiny_llama(1).to(torch.bfloat16)
+    again = PeftModel.from_pretrained(base, tmp_path / "saved" / "task_0", adapter_name="task_0", is_trainable=True)
+    assert torch.equal(prompts_of(again)["task_0"].embedding, prompt)
+
+
 def test_a_new_prompt_stands_first_and_alone_is_trained(tiny_llama, tiny_tokenizer, stream, tmp_path):
     method = ProgPrompt(SoftPrompt(prompt_length=3))
     model = method.start(tiny_llama(1))
@@ -88,13 +139,16 @@ def test_a_new_prompt_stands_first_and_alone_is_trained(tiny_llama, tiny_tokeniz
 
 
 def test_a_stopped_run_goes_on_to_the_same_results_and_stores_prompts_alone(teach, tmp_path):
-    options = {**OPTIONS, "mlp": "mlp1", "bottleneck": 5, "learning_rate": 0.05, "epochs": 1}
+    options = {**OPTIONS, "mlp": "mlp1", "bottleneck": 5, "learning_rate": 0.05, "epochs": 1, "place": "answer"}
     whole = teach("progprompt", "whole", **options)
     assert teach("progprompt", "stopped", stop_in=1, **options) == whole
     assert whole["backward_transfer"] == whole["forgetting"] == 0
     assert whole["trainable_parameters"] == 3 * 32 + (32 * 5 + 5) + (5 * 32 + 32)
     assert whole["stored_parameters"] == 2 * 3 * 32, "the MLP is folded into the prompt"
-    assert whole["settings"].items() >= {"adapter": "soft-prompt", "prompt_length": 3, "mlp": "mlp1"}.items()
+    assert (
+        whole["settings"].items()
+        >= {"adapter": "soft-prompt", "prompt_length": 3, "mlp": "mlp1", "place": "answer"}.items()
+    )
     folders = [path.parent.name for path in (tmp_path / "whole").rglob("adapter_model.safetensors")]
     assert sorted(folders) == ["task_0", "task_1"]
 

@@ -1,11 +1,11 @@
-"""What a soft prompt is: a configuration, and the trained vectors that it puts before the tokens of each row."""
+"""What a soft prompt is: a configuration, and the trained vectors that it puts among the tokens of each row."""
 
 from __future__ import annotations
 
 import enum
 import importlib
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from peft import PeftConfig
@@ -20,17 +20,20 @@ class _PeftType(str, enum.Enum):
 
 
 PROMPT_TYPE = _PeftType.FOLKLORA_PROMPT
+_PLACES = ("front", "answer")
 
 
 class Prompt(nn.Module):
-    """Vectors that stand before a row's tokens; its parameters are what is trained, saved and loaded.
+    """Vectors that stand among a row's tokens; its parameters are what is trained, saved and loaded.
 
     Args:
-        length: How many positions it puts before a row.
+        length: How many positions it puts there.
     """
 
     reads_query: ClassVar[bool] = False
     """Whether its vectors depend on what the frozen model makes of the row."""
+    place: str = "front"
+    """As in `PromptConfig`; set by `PromptLayer`."""
     base_sample: nn.Parameter
     """Some values of the base's input embeddings, which tell one base from another; set by `PromptLayer`."""
 
@@ -39,7 +42,7 @@ class Prompt(nn.Module):
         self.length = length
 
     def vectors(self, query: Tensor | None = None) -> Tensor:
-        """The vectors before each row, [rows, length, width], or [1, length, width] where they are the same for all.
+        """The vectors of each row, [rows, length, width], or [1, length, width] where they are the same for all.
 
         Args:
             query: [rows, width], the mean over a row's question of the frozen model's last hidden states; given only
@@ -55,10 +58,14 @@ class PromptConfig(PeftConfig):
     Args:
         method: The prompt's kind; chooses the class when a saved configuration is read.
         prompt_length: Positions of one prompt.
+        place: "front", before the text, where the papers have it; or "answer", within the question and directly before
+            its last token. There a causal model's prompt reads the text, and the answer's first token is told by what
+            has read the prompt.
     """
 
     method: str = ""
     prompt_length: int = 10
+    place: Literal["front", "answer"] = "front"
 
     def __new__(cls, *args: Any, **kwargs: Any) -> PromptConfig:
         """Choose the class by `method` when called as `PromptConfig(...)`; refuse options that it does not know."""
@@ -73,6 +80,8 @@ class PromptConfig(PeftConfig):
         if self.method != expected:
             raise ValueError(f"{type(self).__name__} is the method '{expected}', not '{self.method}'")
         self.check_sizes("prompt_length")
+        if self.place not in _PLACES:
+            raise ValueError(f"place must be {' or '.join(_PLACES)}, not {self.place!r}")
 
     def check_sizes(self, *names: str) -> None:
         """Refuse options of these names that are not whole numbers of at least 1."""

@@ -1,4 +1,4 @@
-"""The PEFT tuner that carries soft prompts: it puts them before the embedded tokens of every call of a model.
+"""The PEFT tuner that carries soft prompts: it puts them among the embedded tokens of every call of a model.
 
 The part that embeds the tokens (a causal model's decoder, the encoder of an encoder-decoder model) gets hooks, and the
 prompts lie in one module at the model's root. Outside of that part nobody sees them: token ids, masks, position
@@ -26,8 +26,8 @@ from transformers import PreTrainedModel
 from folklora.adapters.host.call import remove_hooks
 from folklora.adapters.host.kinds import SAME, SMALLEST, evenly_spaced
 from folklora.prompts.base import PROMPT_TYPE, Prompt, PromptConfig
-from folklora.prompts.places import extended_mask, extended_positions, extended_rows
-from folklora.prompts.question import frozen_pass, mean_of, question_mask
+from folklora.prompts.places import extended_mask, extended_positions, extended_rows, first_real, tokens
+from folklora.prompts.question import Question, frozen_pass, mean_of, question_length, question_mask
 
 # where a model's root keeps its prompts
 LAYER = "soft_prompts"
@@ -46,11 +46,13 @@ class PromptLayer(nn.Module, BaseTunerLayer):
         self._disable_adapters, self._active_adapter, self.merged_adapters = False, [], []
         self.labels: Tensor | None = None
         """Those of the call that runs; what is learnt is no question."""
-        self.query: Tensor | None = None
-        """What prompts read in place of the call's own question, within `asking` and `remembering`."""
+        self.question: Question | None = None
+        """What is asked in place of the call's own question, within `asking` and `generate`."""
         self.remembers = False
         self.put = 0
         """How many positions the last call of the part that embeds got."""
+        self.kept: Tensor | None = None
+        """Where the tokens are among them, [rows, positions]; None where they are the last."""
 
     def active(self) -> list[Prompt]:
         """The prompts that stand before a row, in that order; none while they are disabled."""
@@ -62,8 +64,17 @@ class PromptLayer(nn.Module, BaseTunerLayer):
         """How many positions stand before each row."""
         return sum(prompt.length for prompt in self.active())
 
-    def add(self, adapter_name: str, prompt: Prompt, embedding: nn.Module) -> None:
+    @property
+    def late(self) -> bool:
+        """Whether the active prompts stand before their question's last token."""
+        return any(prompt.place == "answer" for prompt in self.active())
+
+    def add(self, adapter_name: str, prompt: Prompt, embedding: nn.Module, place: str) -> None:
         """Take a prompt for a model with these input embeddings."""
+        others = {other.place for other in self.folklora_prompts.values()} - {place}
+        if others:
+            raise ValueError(f"all prompts on a model stand at one place: at {others.pop()!r}, not at {place!r}")
+        prompt.place = place
         prompt.base_sample = nn.Parameter(evenly_spaced(embedding.weight.detach()), requires_grad=False)
         self.folklora_prompts[adapter_name] = prompt
         self._device = embedding.weight.device
@@ -92,7 +103,7 @@ class PromptLayer(nn.Module, BaseTunerLayer):
             prompt.base_sample.requires_grad_(False)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "labels": None, "query": None}
+        return {**self.__dict__, "labels": None, "question": None, "kept": None}
 
 
 class _Hook:
@@ -107,11 +118,11 @@ class _Hook:
 
 
 class _PutBefore(_Hook):
-    """Before the part that embeds: the prompts' vectors at the start of a text, their places in masks always."""
+    """Before the part that embeds: the prompts' vectors into a text, their places into masks always."""
 
     def __call__(self, part: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         given, layer = self.named(args, kwargs), self.layer
-        layer.put = 0
+        layer.put, layer.kept = 0, None
         length = layer.soft_positions
         if length == 0:
             return (), given
@@ -121,23 +132,30 @@ class _PutBefore(_Hook):
             for name in ("position_ids", "cache_position"):
                 if given.get(name) is not None:
                     given[name] = given[name] + length
+            if mask is not None:
+                given["attention_mask"] = extended_mask(mask, length)
         else:
             self._begin(part, given, mask, length)
-        if mask is not None:
-            given["attention_mask"] = extended_mask(mask, length)
         return (), given
 
     def _begin(self, part: nn.Module, given: dict[str, Any], mask: Tensor | None, length: int) -> None:
         layer, rows = self.layer, given.get("inputs_embeds")
-        query = layer_query(layer, part, given)
+        question = layer_question(layer, part, given)
+        at = None if mask is None else first_real(mask)
+        if layer.late:
+            at = _before_last(question.length, mask)
         if rows is None:
             rows = part.get_input_embeddings()(given.pop("input_ids"))
-        given["inputs_embeds"] = extended_rows(rows, layer.vectors(rows, query), mask)
+        query = None if question is None else question.query
+        given["inputs_embeds"] = extended_rows(rows, layer.vectors(rows, query), at)
+        if mask is not None:
+            given["attention_mask"] = extended_mask(mask, length, at)
         if given.get("position_ids") is not None:
-            given["position_ids"] = extended_positions(given["position_ids"], length, mask)
+            given["position_ids"] = extended_positions(given["position_ids"], length, at)
         if given.get("cache_position") is not None:
             given["cache_position"] = extended_positions(given["cache_position"], length, None)
         layer.put = length
+        layer.kept = tokens(at, length, rows.shape[1]) if layer.late else None
 
 
 class _TakeOff(_Hook):
@@ -145,14 +163,21 @@ class _TakeOff(_Hook):
 
     def __call__(self, part: nn.Module, args: tuple, output: Any) -> Any:
         put, self.layer.put = self.layer.put, 0
+        kept, self.layer.kept = self.layer.kept, None
         if put == 0:
             return output
+
+        def cut(states: Tensor) -> Tensor:
+            if kept is None:
+                # what is cut off on the left may be padding, if a prompt stands behind it; nobody reads padding
+                return states[:, put:]
+            return states.gather(1, kept.to(states.device).unsqueeze(-1).expand(-1, -1, states.shape[-1]))
+
         if isinstance(output, tuple):
-            return (output[0][:, put:], *output[1:])
-        # what is cut off on the left may be padding, if a prompt stands behind it; nobody reads padding
-        output.last_hidden_state = output.last_hidden_state[:, put:]
+            return (cut(output[0]), *output[1:])
+        output.last_hidden_state = cut(output.last_hidden_state)
         if output.hidden_states is not None:
-            output.hidden_states = tuple(states[:, put:] for states in output.hidden_states)
+            output.hidden_states = tuple(cut(states) for states in output.hidden_states)
         return output
 
 
@@ -205,7 +230,7 @@ class PromptModel(BaseTuner):
         **optional: Any,
     ) -> None:
         embedding = parent.get_input_embeddings()
-        target.add(adapter_name, config.prompt(embedding), embedding)
+        target.add(adapter_name, config.prompt(embedding), embedding, config.place)
         if low_cpu_mem_usage:
             target.folklora_prompts[adapter_name].to("meta")
 
@@ -220,25 +245,25 @@ class PromptModel(BaseTuner):
             layer.labels = None
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's own; without a cache, too, prompts are chosen by the question and not by the answer so far."""
+        """The model's own; without a cache, too, the answer so far is no part of the question."""
         layer = getattr(self.model, LAYER)
         before, layer.remembers = layer.remembers, True
-        held = layer.query
+        held = layer.question
         try:
             return self.model.generate(*args, **kwargs)
         finally:
-            layer.remembers, layer.query = before, held
+            layer.remembers, layer.question = before, held
 
     @contextmanager
     def asking(self, input_ids: Tensor, attention_mask: Tensor) -> Iterator[None]:
-        """Within this block prompts are chosen for these questions [rows, positions], whatever else the rows hold."""
+        """Within this block these are the questions [rows, positions], whatever else the rows hold."""
         layer, part = getattr(self.model, LAYER), embedding_part(self.model)
-        held, layer.query = layer.query, None
-        layer.query = layer_query(layer, part, {"input_ids": input_ids, "attention_mask": attention_mask})
+        held, layer.question = layer.question, None
+        layer.question = layer_question(layer, part, {"input_ids": input_ids, "attention_mask": attention_mask})
         try:
             yield
         finally:
-            layer.query = held
+            layer.question = held
 
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
         if merge:
@@ -270,19 +295,20 @@ def prompts_of(model: nn.Module) -> dict[str, Prompt]:
     return {name: prompt for layer in layers for name, prompt in layer.folklora_prompts.items()}
 
 
-def layer_query(layer: PromptLayer, part: nn.Module, given: dict[str, Any]) -> Tensor | None:
-    """[rows, width], what the active prompts read of a call of the part that embeds; None where they read nothing."""
-    if not any(prompt.reads_query for prompt in layer.active()):
+def layer_question(layer: PromptLayer, part: nn.Module, given: dict[str, Any]) -> Question | None:
+    """What is asked in a call of the part that embeds; None where the active prompts do not depend on it."""
+    reads = any(prompt.reads_query for prompt in layer.active())
+    if not reads and not layer.late:
         return None
     rows = given.get("input_ids") if given.get("inputs_embeds") is None else given["inputs_embeds"]
-    if layer.query is not None:
-        # beams stand in equal runs of their row
-        return layer.query.repeat_interleave(len(rows) // len(layer.query), dim=0)
-    mask = question_mask(rows, given.get("attention_mask"), layer.labels)
-    query = mean_of(frozen_pass(part, given), mask)
+    if layer.question is not None:
+        return layer.question.of(len(rows))
+    asked = rows, given.get("attention_mask"), layer.labels
+    query = mean_of(frozen_pass(part, given), question_mask(*asked)) if reads else None
+    question = Question(question_length(*asked), query)
     if layer.remembers:
-        layer.query = query
-    return query
+        layer.question = question
+    return question
 
 
 def embedding_part(model: nn.Module) -> PreTrainedModel:
@@ -317,6 +343,17 @@ def _put_hooks(model: PreTrainedModel, part: nn.Module, layer: PromptLayer) -> N
         decoder.register_forward_pre_hook(_Lengthen(layer, decoder), with_kwargs=True)
     else:
         part.register_forward_hook(_TakeOff(layer, part))
+
+
+def _before_last(length: Tensor, mask: Tensor | None) -> Tensor:
+    """Position of the last token of each row's question, [rows]; of its first token where there is no question."""
+    last = (length - 1).clamp(min=0)
+    if mask is None:
+        return last
+    real = mask.ne(0).int()
+    if (real.diff(dim=1) == 1).sum(dim=1).add(real[:, 0]).gt(1).any():
+        raise ValueError('place="answer" needs rows whose real tokens stand together: the attention mask has a hole')
+    return first_real(mask) + last
 
 
 def _check_mask(mask: Any) -> None:

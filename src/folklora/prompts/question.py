@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,6 +11,40 @@ from torch import Tensor, nn
 
 _READ = ("input_ids", "inputs_embeds", "attention_mask", "position_ids")
 _IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is known of the rows' questions.
+
+    Args:
+        length: How many real tokens each one has, [rows].
+        query: What the frozen model makes of them, [rows, width]; None where no prompt reads it.
+    """
+
+    length: Tensor
+    query: Tensor | None
+
+    def of(self, rows: int) -> Question:
+        """Those of so many rows: beams stand in equal runs of their row."""
+        times = rows // len(self.length)
+        query = None if self.query is None else self.query.repeat_interleave(times, dim=0)
+        return Question(self.length.repeat_interleave(times), query)
+
+
+def question_length(rows: Tensor, mask: Tensor | None, labels: Tensor | None) -> Tensor:
+    """How many real tokens stand before the first that is learnt, [rows]; all of them where nothing is.
+
+    Args:
+        rows: As for `question_mask`, and the others too.
+        mask: 1 for real tokens, or None where all are.
+        labels: -100 for what is not learnt.
+    """
+    real = torch.ones(rows.shape[:2], device=rows.device) if mask is None else mask.ne(0).float()
+    if labels is None or labels.shape != real.shape:
+        return real.sum(dim=1).long()
+    unlearnt = (labels == _IGNORED).float().cumprod(dim=1)
+    return (real * unlearnt).sum(dim=1).long()
 
 
 def question_mask(rows: Tensor, mask: Tensor | None, labels: Tensor | None) -> Tensor:
