@@ -70,9 +70,11 @@ class FactorLLM(AdapterConfig):
     arXiv 2408.11855. The defaults are those of its validation code (E = 4, K = 2, weights 0.05 and 0.01).
 
     When to choose:
-        A model is to answer faster, its feed-forward layers are wide, and some loss of quality can be borne: at K = 2
-        of 4 half of their products are left out. Train the router at least. Where quality counts first, leave the
-        layers dense. It has no place beside an adapter on a matrix of the same feed-forward layer: merge that first.
+        Long texts are read by a model whose feed-forward layers are wide, and some loss of quality can be borne: at
+        K = 2 of 4 half of their products are left out. On one H200 a 1B model read 8 x 512 tokens in 0.83 (K = 1) and
+        0.95 (K = 2) of the dense time in a CUDA graph, and was slower without one; one token at a time gains nothing.
+        Train the experts, not the router alone. Where quality counts first, leave the layers dense. It has no place
+        beside an adapter on a matrix of the same feed-forward layer: merge that first.
 
     Equation:
         T(x) = \sum_{e=1}^{E} F_e(x)

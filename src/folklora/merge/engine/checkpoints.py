@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import struct
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -251,15 +252,23 @@ def recorded(folder: Path) -> set[str]:
 class Writer:
     """Writes tensors into files that `create` made, and records those that are on the disk, beside the computation.
 
+    Several threads may write tensors at the same time.
+
     Args:
         folder: Holds the files.
         shards: What they hold.
         rank: Of this process: each keeps a record of its own.
         tell: Called with the names of tensors that were recorded.
+        threads: How many write.
     """
 
     def __init__(
-        self, folder: Path, shards: Sequence[Shard], rank: int, tell: Callable[[Iterable[str]], None] | None = None
+        self,
+        folder: Path,
+        shards: Sequence[Shard],
+        rank: int,
+        tell: Callable[[Iterable[str]], None] | None = None,
+        threads: int = 1,
     ) -> None:
         self.folder, self.tell = folder, tell
         self.places = {
@@ -271,11 +280,14 @@ class Writer:
         # a line that was cut off ends here
         self.record.write("\n")
         self.open: dict[str, int] = {}
+        self.written: dict[str, int] = {}
         self.pending: list[str] = []
         self.pending_bytes, self.committed = 0, time.monotonic()
-        # two threads: the disk is waited for while the next tensors are written to the system's memory
-        self.writes, self.commits = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
-        self.writing: Future | None = None
+        # threads apart: the disk is waited for while the next tensors are written to the system's memory
+        self.writes, self.commits = ThreadPoolExecutor(threads), ThreadPoolExecutor(1)
+        # what is computed waits for room, so that no more than a part for each thread is held beside it
+        self.room, self.lock = threading.Semaphore(threads), threading.Lock()
+        self.failed: BaseException | None = None
         self.committing: Future | None = None
 
     def __enter__(self) -> Writer:
@@ -283,11 +295,12 @@ class Writer:
 
     def __exit__(self, kind: type | None, *error: object) -> None:
         try:
-            self._wait()
+            self.writes.shutdown()
+            if self.failed is not None:
+                raise self.failed
             self._commit_soon()
             self._committed()
         finally:
-            self.writes.shutdown()
             self.commits.shutdown()
             self.record.close()
             for handle in self.open.values():
@@ -301,29 +314,45 @@ class Writer:
         """
         at = 0
         for part in parts:
-            self._wait()
-            self.writing = self.writes.submit(self._write, name, part, at)
+            self.room.acquire()
+            if self.failed is not None:
+                # others may be waiting to hear it too
+                self.room.release()
+                raise self.failed
+            self.writes.submit(self._write, name, part, at)
             at += part.nbytes
 
-    def _wait(self) -> None:
-        writing, self.writing = self.writing, None
-        if writing is not None:
-            writing.result()
-
     def _write(self, name: str, tensor: Tensor, offset: int) -> None:
-        file, begin, size = self.places[name]
-        if file not in self.open:
-            self.open[file] = os.open(self.folder / file, os.O_WRONLY)
-        at, left = begin + offset, memoryview(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
-        while left:
-            written = os.pwrite(self.open[file], left, at)
-            at, left = at + written, left[written:]
-        if offset + tensor.nbytes == size:
-            self.pending.append(name)
-        self.pending_bytes += tensor.nbytes
-        due = self.pending_bytes >= _COMMIT_BYTES or time.monotonic() - self.committed >= _COMMIT_SECONDS
-        if due and (self.committing is None or self.committing.done()):
-            self._commit_soon()
+        try:
+            file, begin, size = self.places[name]
+            handle = self._opened(file)
+            at, left = begin + offset, memoryview(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
+            while left:
+                written = os.pwrite(handle, left, at)
+                at, left = at + written, left[written:]
+            self._count(name, tensor.nbytes, size)
+        except BaseException as error:
+            # raised where the next part is given
+            self.failed = self.failed or error
+        finally:
+            self.room.release()
+
+    def _opened(self, file: str) -> int:
+        with self.lock:
+            if file not in self.open:
+                self.open[file] = os.open(self.folder / file, os.O_WRONLY)
+            return self.open[file]
+
+    def _count(self, name: str, count: int, size: int) -> None:
+        with self.lock:
+            # by their sum: one thread may be ahead of another that writes an earlier part
+            self.written[name] = self.written.get(name, 0) + count
+            if self.written[name] == size:
+                self.pending.append(name)
+            self.pending_bytes += count
+            due = self.pending_bytes >= _COMMIT_BYTES or time.monotonic() - self.committed >= _COMMIT_SECONDS
+            if due and (self.committing is None or self.committing.done()):
+                self._commit_soon()
 
     def _commit_soon(self) -> None:
         self._committed()

@@ -22,7 +22,7 @@ from folklora.merge.engine.job import STATE, Job, prepare, statistic_keys
 from folklora.merge.engine.models import Model
 from folklora.merge.engine.plan import Plan, Step, Take
 from folklora.merge.engine.tasks import save_parts, write_tasks_index
-from folklora.merge.engine.team import BEGUN, in_processes, together, torchrun_team
+from folklora.merge.engine.team import BEGUN, in_processes, side_by_side, together, torchrun_team
 from folklora.merge.engine.upload import Uploads
 from folklora.merge.engine.vocabulary import arranged
 from folklora.stream.files import read_json, replace_folder, write_json
@@ -56,8 +56,9 @@ def merge_models(
         config: A YAML file of mergekit's form, or its content.
         out: The folder to write: weights, configuration, tokenizer and a model card.
         device: Where each tensor's arithmetic runs, such as "cuda".
-        workers: How many processes share the tensors, and the CPU's threads; under torchrun, its processes do. With
-            another number of threads in a process, methods that sum over whole tensors may round otherwise.
+        workers: How many processes share the tensors, and the CPU's threads; under torchrun, its processes do. Each
+            thread of a process does a tensor of its own, where a method goes by rows; methods that take whole tensors
+            use all threads for each, and with another number of them may round otherwise.
         max_shard_size: The most that one file holds, such as "5GB".
         seed: Of everything drawn: a mask depends on it, on the tensor, on the model and on whether the CPU or a GPU
             draws it, not on order or files.
@@ -140,13 +141,29 @@ def do_share(
         place = torch.device("cuda", rank % torch.cuda.device_count())
     if place.type == "cuda":
         torch.cuda.set_device(place)
+    share = job.plan.share(done, rank, processes)
+    threads = torch.get_num_threads() if place.type == "cpu" else 1
+    light = [step for step in share if threads > 1 and _by_blocks(job, step)]
+    alone = [step for step in share if step not in light]
     numbers = {step.name: number for number, step in enumerate(job.plan.steps)}
-    with Writer(work, job.plan.shards, rank, tell) as writer, Uploads(job, place) as uploads:
-        for step, there in uploads.along(job.plan.share(done, rank, processes)):
+    with Writer(work, job.plan.shards, rank, tell, threads) as writer, Uploads(job, place) as uploads:
+
+        def do(step: Step, there: Mapping[Take, Tensor]) -> None:
             tensor, parts = compute(job, step, place, there)
             if parts is not None:
                 save_parts(work, numbers[step.name], parts)
             writer.put(step.name, tensor)
+
+        side_by_side(lambda step: do(step, {}), sorted(light, key=lambda step: -step.form.bytes), threads)
+        for step, there in uploads.along(alone):
+            do(step, there)
+
+
+def _by_blocks(job: Job, step: Step) -> bool:
+    """Whether a step holds no more than some rows at a time, so that several may be done at once."""
+    across = step.models[0].key in job.donor.architecture.transposed
+    adapted = any(job.models[take.model].adapts(take.key) for take in step.takes())
+    return step.copied or (job.schema.function.by_rows and not (across or step.by_token or adapted))
 
 
 @torch.no_grad()

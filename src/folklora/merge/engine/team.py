@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -16,6 +18,8 @@ from folklora.stream.files import read_json, write_json
 
 BEGUN = "begun.json"
 _POLL_SECONDS = 0.2
+
+Item = TypeVar("Item")
 
 
 def in_processes(work: Path, done: set[str], count: int, device: str, tell: Callable[[Iterable[str]], None]) -> None:
@@ -48,6 +52,39 @@ def in_processes(work: Path, done: set[str], count: int, device: str, tell: Call
     failed = [process.returncode for process in running if process.returncode]
     if failed:
         raise OSError(f"a worker ended with code {failed[0]}; the same command goes on where the merge was")
+
+
+def side_by_side(do: Callable[[Item], None], items: Sequence[Item], threads: int) -> None:
+    """Do each item in a thread of its own, in which torch uses no others; the first error ends all.
+
+    One operation's rows shared out to many threads would have them wait for each other at its end, and for the reading
+    and writing between.
+    """
+    ended = threading.Event()
+
+    def one(item: Item) -> None:
+        if ended.is_set():
+            return
+        try:
+            do(item)
+        except BaseException:
+            ended.set()
+            raise
+
+    before = torch.get_num_threads()
+    # of the threads that begin after it, and of this one
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            running = [pool.submit(one, item) for item in items]
+            try:
+                for future in as_completed(running):
+                    future.result()
+            except BaseException:
+                ended.set()
+                raise
+    finally:
+        torch.set_num_threads(before)
 
 
 def torchrun_team(device: str) -> Any:
