@@ -62,6 +62,15 @@ def test_first_page_links_every_method(site: Path) -> None:
         assert f'href="methods/{method.room}/{method.name}.html"' in text
 
 
+def test_site_has_the_measured_results_with_their_pictures(site: Path) -> None:
+    text = (site / "results.html").read_text(encoding="utf-8")
+    headings = re.findall(r"^## (.+)$", (ROOT / "benchmarks" / "RESULTS.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert len(headings) == len(re.findall(r"<h2 ", text))
+    pictures = re.findall(r'<img [^>]*src="([^"]+)"', text)
+    assert len(pictures) >= 4
+    assert all((site / picture).is_file() for picture in pictures)
+
+
 def test_formulas_keep_their_lines_and_prose_runs_on(site: Path) -> None:
     text = (site / "methods/adapters/am-lora.html").read_text(encoding="utf-8")
     first = re.search(r'<pre class="formula">(.*?)</pre>', text, re.DOTALL)

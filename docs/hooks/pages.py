@@ -6,6 +6,7 @@ import html
 import itertools
 import re
 import textwrap
+from pathlib import Path
 from typing import Any
 
 import descriptions
@@ -29,6 +30,8 @@ def on_files(files: Files, *, config: MkDocsConfig) -> Files:
     for method in descriptions.own_methods():
         content = page(method)
         files.append(File.generated(config, f"methods/{method.room}/{method.name}.md", content=content))
+    measured = (Path(config.config_file_path).parent / "benchmarks" / "RESULTS.md").read_text(encoding="utf-8")
+    files.append(File.generated(config, "results.md", content=results(measured)))
     return files
 
 
@@ -41,6 +44,12 @@ def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
         f"{markdown}\n\n## Methods\n\n{descriptions.table(link)}\n\n## Options that every adapter takes\n\n"
         f"{options_table(descriptions.shared_options())}\n"
     )
+
+
+def results(measured: str) -> str:
+    """The measured results as a page: pictures are the site's own, and the scripts, which are no pages, are named."""
+    pictures = measured.replace("](../docs/", "](")
+    return re.sub(r"\[(\w+\.py)\]\(\1\)", r"`benchmarks/\1`", pictures)
 
 
 def page(method: Method) -> str:
