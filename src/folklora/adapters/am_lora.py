@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from folklora.adapters.base import AdapterConfig, Update, kaiming_uniform, zeros
+from folklora.adapters.choices import check_choices
 from folklora.factored import Factors
 
 _CHOICES = {
@@ -120,9 +121,7 @@ class AMLoRA(AdapterConfig):
         literal = self.gate_input == "lora"
         self.granularity = self.granularity or ("token" if literal else "prefix")
         self.gate_init = self.gate_init or ("linear" if literal else "prototype")
-        for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
+        check_choices(self, _CHOICES)
         if literal and self.placed:
             raise ValueError(
                 'gate_init="prototype" places a gate by the layer\'s input, which gate_input="lora" does not read; '

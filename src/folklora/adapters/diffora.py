@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from folklora.adapters.base import AdapterConfig, Update, kaiming_uniform, zeros
 from folklora.adapters.bilevel import ValidationSteps
+from folklora.adapters.choices import check_choices
 from folklora.adapters.lora import LoRAUpdate
 from folklora.factored import Factors
 
@@ -111,9 +112,7 @@ class DiffoRA(AdapterConfig):
         super().__post_init__()
         self.check_rank(self.r)
         self.check_rank(self.shared_r)
-        for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
+        check_choices(self, _CHOICES)
         if not 0 < self.rho <= 1:
             raise ValueError(f"rho must be above 0 and at most 1, not {self.rho}")
         if self.selected is not None and not self.weight_sharing:

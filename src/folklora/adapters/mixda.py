@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from folklora.adapters.base import AdapterConfig, Update
 from folklora.adapters.bottlenecks import Dense
+from folklora.adapters.choices import check_choices
 from folklora.adapters.host.blocks import block_of
 from folklora.adapters.host.kinds import SAME, SMALLEST, evenly_spaced, kind_of
 from folklora.adapters.host.targets import bare
@@ -131,9 +132,7 @@ class MixDA(AdapterConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
+        check_choices(self, _CHOICES)
         if self.dropout or self.rank_pattern or self.alpha_pattern:
             raise ValueError("MixDA takes no dropout, rank_pattern or alpha_pattern: it has no rank and no alpha")
         for name in ("reduction", "gate_hidden", "gate_layers"):
