@@ -19,7 +19,7 @@ from folklora.adapters.base import AdapterConfig, Update
 from folklora.adapters.bottlenecks import Dense
 from folklora.adapters.choices import check_choices
 from folklora.adapters.host.blocks import block_of
-from folklora.adapters.host.kinds import SAME, SMALLEST, evenly_spaced, kind_of
+from folklora.adapters.host.kinds import evenly_spaced, kind_of, same_sample
 from folklora.adapters.host.targets import bare
 from folklora.stream.files import read_json
 
@@ -314,10 +314,7 @@ def _samples(folder: str) -> dict[str, Tensor]:
 def _fits(base: nn.Module, layer: str, sample: Tensor) -> bool:
     """Whether a sample is of this base weight; a weight that is not there yet passes."""
     weight = kind_of(base, layer).matrix(base)
-    if weight.is_meta:
-        return True
-    own = evenly_spaced(weight).cpu()
-    return own.shape == sample.shape and torch.allclose(own, sample, SAME, SMALLEST)
+    return weight.is_meta or same_sample(evenly_spaced(weight), sample)
 
 
 def _values(folder: str, layer: str) -> dict[str, Tensor]:
