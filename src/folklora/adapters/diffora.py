@@ -44,10 +44,10 @@ class DiffoRA(AdapterConfig):
 
     Source: Jiang, Wang, Yuan, "DiffoRA: Enabling Parameter-Efficient Fine-Tuning via Differential Module Selection",
     2025, arXiv 2502.08905 (first version: "... LLM Fine-Tuning via Differential Low-Rank Matrix Adaptation"). No code
-    is public and the text was not at hand: from its abstracts come the matrix, its relaxation, discretisation and
-    weight sharing, and ϱ by name. Reconstructed, and options for that reason: the gate, the selection by rows, what
-    is shared and its rank, ϱ = 0.5, and the optimiser of θ, which follows DARTS (Liu, Simonyan, Yang, "DARTS:
-    Differentiable Architecture Search", ICLR 2019, arXiv 1806.09055).
+    is public. Its abstracts give the matrix, its relaxation, discretisation and weight sharing, and ϱ by name.
+    Reconstructed without the full text, and options for that reason: the gate, the selection by rows, what is shared
+    and its rank, ϱ = 0.5, and the optimiser of θ, which follows DARTS (Liu, Simonyan, Yang, "DARTS: Differentiable
+    Architecture Search", ICLR 2019, arXiv 1806.09055).
 
     When to choose:
         When only a part of the modules may carry an adapter and it is not known which part matters. The search costs
