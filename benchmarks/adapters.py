@@ -39,7 +39,7 @@ import torch
 import transformers
 from adapter_report import write_report
 from adapter_tasks import Sizes, Task, batch_of, load_task, measured, training_rows
-from jobs import Job, file_name, records, work
+from jobs import Job, add_options, file_name, records, work
 from peft import PeftConfig, TaskType, get_peft_model
 from torch import nn
 from transformers import (
@@ -79,13 +79,10 @@ def main() -> None:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
+    add_options(parser)
     parser.add_argument("--stage", choices=("tune", "run", "both", "table"), default="both")
     parser.add_argument("--methods", nargs="+", default=contenders())
     parser.add_argument("--tasks", nargs="+", default=["sst2", "trec6", "agnews", "e2e", "math"])
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--rates", nargs="+", type=float, default=[1e-4, 5e-4, 2e-3, 1e-2])
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--steps", type=int, default=150)
@@ -96,7 +93,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--test-rows", type=int, default=500)
     parser.add_argument("--length", type=int, default=128, help="tokens of a row at the most")
     parser.add_argument("--calibration", type=int, default=256, help="training rows for methods that need statistics")
-    parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--minutes", type=float, default=1e6, help="no new job begins after this")
     parser.add_argument("--tiny", action="store_true", help="random weights and a few rows, to try the script")
     options = parser.parse_args()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import multiprocessing
 import os
@@ -15,6 +16,14 @@ from typing import Any
 Job = dict[str, Any]
 Run = Callable[[Job], tuple[dict[str, Any], str]]
 """A job's record and a line to show; a function of a module, or a partial of one, so that it reaches a process."""
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What a benchmark over a model, data and seeds is told besides its own."""
+    for name in ("--model", "--data", "--out"):
+        parser.add_argument(name, type=Path, required=True)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--workers", type=int, default=1)
 
 
 def work(jobs: Sequence[tuple[str, Job]], run: Run, folder: Path, *, workers: int, deadline: float) -> None:

@@ -35,7 +35,7 @@ from typing import Any
 import torch
 from adapter_tasks import Row, batch_of
 from adapters import machine, quiet
-from jobs import Job, file_name, records, work
+from jobs import Job, add_options, file_name, records, work
 from safetensors.torch import load_file, save_file
 from specialist_merging import CONFIGURATIONS, MAKERS, Parts, Served, of_tensors
 from specialist_mixtures import MIXTURES, NEED_REWARDS, rewards_job, rows_of, turns
@@ -86,13 +86,10 @@ def main() -> None:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
+    add_options(parser)
     parser.add_argument("--methods", nargs="+", choices=CONTENDERS, default=CONTENDERS, metavar="NAME",
         help="of " + ", ".join(f"'{name}'" for name in CONTENDERS))  # fmt: skip
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--rates", nargs="+", type=float, default=[1e-4, 3e-4, 1e-3])
     parser.add_argument("--steps", type=int, default=200, help="of each specialist")
     parser.add_argument("--batch", type=int, default=32)
@@ -104,7 +101,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--few", type=int, default=32, help="rows a task that atlas learns from")
     parser.add_argument("--few-steps", type=int, default=60)
     parser.add_argument("--mixture-share", type=float, default=0.5, help="of multi-task's rows that a mixture keeps")
-    parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--tiny", action="store_true", help="a few rows and steps, to try the script")
     options = parser.parse_args()
     if options.tiny:

@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from jobs import file_name, records, work
+from jobs import add_options, file_name, records, work
 
 ORDERS = ("order1", "order2", "order3")
 # None leaves an option out
@@ -75,13 +75,10 @@ def do(jobs: list[dict[str, Any]], options: argparse.Namespace, deadline: float)
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
+    add_options(parser)
     parser.add_argument("--stage", choices=("tune", "run", "both", "table"), default="both")
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
     parser.add_argument("--orders", nargs="+", default=list(ORDERS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--names", nargs="+", choices=("named", "unnamed"), default=["named", "unnamed"])
     parser.add_argument("--rates", nargs="+", type=float, default=[3e-4, 1e-3, 3e-3], help="of all but prompts")
     parser.add_argument("--targets", default="all-linear", help='"all-linear" or names joined by commas')
@@ -91,7 +88,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--train-rows", type=int, default=2000, help="training examples a task at the most")
     parser.add_argument("--test-rows", type=int, default=500)
     parser.add_argument("--evaluate", choices=("all", "seen", "last"), default="all", help="what is scored when")
-    parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--minutes", type=float, default=1e6, help="no new run begins after this")
     return parser.parse_args()
 

@@ -242,7 +242,7 @@ def orthonormality_error(factor: Tensor) -> Tensor:
     eps is the machine epsilon of the computation. Without it the gradient 2 (A A^T - I) A / ||A A^T - I||_F
     has norm 2 arbitrarily close to orthonormality, where it is nothing but round-off blown up, and is 0 / 0
     at it. sqrt(eps), 3e-4 in float32, lies far above the round-off of an r x r Gram matrix and far below any
-    error that matters: the gradient now fades to 0 there, and sqrt(eps) is the least value.
+    error that matters: with it the gradient fades to 0 there, and sqrt(eps) is the least value.
 
     The large Gram matrix is never needed: ||A^T A - I_n||_F^2 = ||A A^T - I_r||_F^2 + n - r.
 

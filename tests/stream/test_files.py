@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from folklora.stream.files import read_json, replace_folder, write_json, write_text
+from folklora.stream.files import read_json, replace_folder, replacing, write_json, write_text
 
 
 def test_text_is_written_as_utf8_and_leaves_nothing_else(tmp_path):
@@ -22,6 +22,17 @@ def test_a_failed_write_keeps_the_old_file(tmp_path):
         write_text(tmp_path / "a.txt", "new \ud800")
     assert (tmp_path / "a.txt").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_a_file_takes_its_place_at_the_end_of_a_block_that_did_not_fail(tmp_path):
+    path = tmp_path / "a.bin"
+    with replacing(path) as temporary:
+        temporary.write_bytes(b"first")
+        assert not path.exists()
+    with pytest.raises(UnicodeEncodeError), replacing(path) as temporary:
+        temporary.write_text("half \ud800", encoding="utf-8")
+    assert path.read_bytes() == b"first"
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_missing_folder_is_an_error(tmp_path):

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from folklora.adapters.base import AdapterConfig, Update, kaiming_uniform, zeros
+from folklora.adapters.carriers import carriers
+from folklora.adapters.choices import check_choices
 from folklora.factored import Factors
 
 _CHOICES = {
@@ -120,9 +122,7 @@ class AMLoRA(AdapterConfig):
         literal = self.gate_input == "lora"
         self.granularity = self.granularity or ("token" if literal else "prefix")
         self.gate_init = self.gate_init or ("linear" if literal else "prototype")
-        for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
+        check_choices(self, _CHOICES)
         if literal and self.placed:
             raise ValueError(
                 'gate_init="prototype" places a gate by the layer\'s input, which gate_input="lora" does not read; '
@@ -363,16 +363,11 @@ def add_task(model: nn.Module, adapter_name: str = "default") -> None:
     Raises:
         ValueError: No layer of the model carries an AM-LoRA adapter of that name.
     """
-    from folklora.adapters.host.layer import layers_of
-
-    layers = [layer for layer in layers_of(model) if adapter_name in layer.folklora_updates]
-    updates = [layer.folklora_updates[adapter_name] for layer in layers]
-    if not updates or not all(isinstance(update, AMLoRAUpdate) for update in updates):
-        raise ValueError(f"the model has no AM-LoRA adapter named '{adapter_name}'")
-    for layer, update in zip(layers, updates, strict=True):
+    pairs = carriers(model, adapter_name, AMLoRAUpdate, "AM-LoRA")
+    for layer, update in pairs:
         update.add_task(layer.get_base_layer().weight)
         layer.set_requires_grad(adapter_name, True)
-    configs = {id(update.config): update.config for update in updates}
+    configs = {id(update.config): update.config for _, update in pairs}
     configs[id(model.peft_config[adapter_name])] = model.peft_config[adapter_name]
     for config in configs.values():
         config.tasks += 1

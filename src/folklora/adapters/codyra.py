@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from folklora.adapters.base import AdapterConfig, Update, kaiming_uniform, zeros
+from folklora.adapters.carriers import carriers
 from folklora.factored import Factors, concatenate
 
 
@@ -214,7 +215,7 @@ def compact(model: nn.Module, adapter_name: str = "default") -> dict[str, int]:
     Raises:
         ValueError: The model has no CoDyRA adapter of that name.
     """
-    pairs, config = _pairs(model, adapter_name), model.peft_config[adapter_name]
+    pairs, config = carriers(model, adapter_name, CoDyRAUpdate, "CoDyRA"), model.peft_config[adapter_name]
     for layer, update in pairs:
         config.ranks[layer.name] = update.prune()
     return dict(config.ranks)
@@ -235,7 +236,7 @@ def next_task(model: nn.Module, adapter_name: str = "default") -> dict[str, int]
     Raises:
         ValueError: The model has no CoDyRA adapter of that name.
     """
-    pairs, config = _pairs(model, adapter_name), model.peft_config[adapter_name]
+    pairs, config = carriers(model, adapter_name, CoDyRAUpdate, "CoDyRA"), model.peft_config[adapter_name]
     for layer, update in pairs:
         config.history[layer.name] = update.remember()
         config.ranks.pop(layer.name, None)
@@ -255,7 +256,7 @@ def set_steps(model: nn.Module, steps: int, adapter_name: str = "default") -> No
     Raises:
         ValueError: The model has no CoDyRA adapter of that name.
     """
-    pairs = _pairs(model, adapter_name)
+    pairs = carriers(model, adapter_name, CoDyRAUpdate, "CoDyRA")
     for config in (model.peft_config[adapter_name], *(update.config for _, update in pairs)):
         config.steps = steps
 
@@ -267,12 +268,3 @@ def _no_more_than_dense(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
     dense = (B.double() @ A.double()).to(A.dtype)
     eye = torch.eye(min(dense.shape), dtype=A.dtype, device=A.device)
     return (dense, eye) if dense.shape[0] <= dense.shape[1] else (eye, dense)
-
-
-def _pairs(model: nn.Module, adapter_name: str) -> list[tuple[nn.Module, CoDyRAUpdate]]:
-    from folklora.adapters.host.layer import updates_of
-
-    pairs = list(updates_of(model, adapter_name))
-    if not pairs or not all(isinstance(update, CoDyRAUpdate) for _, update in pairs):
-        raise ValueError(f"the model has no CoDyRA adapter named '{adapter_name}'")
-    return pairs

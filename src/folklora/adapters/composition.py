@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.func import functional_call, jvp
+
+from folklora.stream.files import replacing
 
 _NAME = "coefficients"
 
@@ -106,14 +107,9 @@ class Composition(nn.Module):
 
     def save_coefficients(self, path: str | Path) -> None:
         """Write Λ with the names of task vectors and blocks as one safetensors file, whole or not at all."""
-        path = Path(path)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         metadata = {"format": "pt", "vectors": json.dumps(self.vectors), "blocks": json.dumps(self.blocks)}
-        try:
+        with replacing(path) as temporary:
             save_file({_NAME: self.coefficients.detach().cpu().contiguous()}, temporary, metadata=metadata)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
 
     @torch.no_grad()
     def load_coefficients(self, path: str | Path) -> None:

@@ -20,6 +20,7 @@ from folklora.adapters.host.layer import updates_of
 from folklora.adapters.host.saved import add_with_values
 from folklora.adapters.lora import LoRA
 from folklora.factored import Factors
+from folklora.stream.files import replacing
 
 # values that went through bfloat16 once
 _SAME = 2.0**-7
@@ -84,15 +85,10 @@ class Written:
 
     def save(self, path: str | Path) -> None:
         """Write the state as one safetensors file, whole or not at all."""
-        path = Path(path)
         tensors = {f"state.{name}": S.cpu().contiguous() for name, S in self.states.items()}
         tensors |= {f"sample.{name}": sample for name, sample in self.samples.items()}
-        temporary = path.with_name(f".{path.name}.tmp")
-        try:
+        with replacing(path) as temporary:
             save_file(tensors, temporary, metadata={"format": "pt", "tokens": str(self.tokens)})
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | Path) -> Written:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from folklora.adapters.base import AdapterConfig, Update, kaiming_uniform, zeros
 from folklora.adapters.bilevel import ValidationSteps
+from folklora.adapters.choices import check_choices
 from folklora.adapters.lora import LoRAUpdate
 from folklora.factored import Factors
 
@@ -43,10 +44,10 @@ class DiffoRA(AdapterConfig):
 
     Source: Jiang, Wang, Yuan, "DiffoRA: Enabling Parameter-Efficient Fine-Tuning via Differential Module Selection",
     2025, arXiv 2502.08905 (first version: "... LLM Fine-Tuning via Differential Low-Rank Matrix Adaptation"). No code
-    is public and the text was not at hand: from its abstracts come the matrix, its relaxation, discretisation and
-    weight sharing, and ϱ by name. Reconstructed, and options for that reason: the gate, the selection by rows, what
-    is shared and its rank, ϱ = 0.5, and the optimiser of θ, which follows DARTS (Liu, Simonyan, Yang, "DARTS:
-    Differentiable Architecture Search", ICLR 2019, arXiv 1806.09055).
+    is public. Its abstracts give the matrix, its relaxation, discretisation and weight sharing, and ϱ by name.
+    Reconstructed without the full text, and options for that reason: the gate, the selection by rows, what is shared
+    and its rank, ϱ = 0.5, and the optimiser of θ, which follows DARTS (Liu, Simonyan, Yang, "DARTS: Differentiable
+    Architecture Search", ICLR 2019, arXiv 1806.09055).
 
     When to choose:
         When only a part of the modules may carry an adapter and it is not known which part matters. The search costs
@@ -111,9 +112,7 @@ class DiffoRA(AdapterConfig):
         super().__post_init__()
         self.check_rank(self.r)
         self.check_rank(self.shared_r)
-        for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
+        check_choices(self, _CHOICES)
         if not 0 < self.rho <= 1:
             raise ValueError(f"rho must be above 0 and at most 1, not {self.rho}")
         if self.selected is not None and not self.weight_sharing:

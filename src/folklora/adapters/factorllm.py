@@ -15,8 +15,9 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from folklora.adapters.base import AdapterConfig, Update, kaiming_uniform, zeros
+from folklora.adapters.carriers import carriers
+from folklora.adapters.choices import check_choices
 from folklora.adapters.host.feed_forward import FeedForward, Units, layout_of
-from folklora.adapters.host.layer import updates_of
 from folklora.adapters.host.routed import apart, opened, routed
 from folklora.adapters.host.targets import bare
 from folklora.adapters.sparse import whole as whole_numbers
@@ -128,9 +129,7 @@ class FactorLLM(AdapterConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
+        check_choices(self, _CHOICES)
         if self.dropout or self.rank_pattern or self.alpha_pattern or self.train_bias:
             raise ValueError("FactorLLM takes no dropout, train_bias, rank_pattern or alpha_pattern")
         if self.experts < 2 or not 1 <= self.active <= self.experts:
@@ -341,9 +340,7 @@ def to_dense(model: PeftModel, adapter_name: str = "default") -> nn.Module:
     Raises:
         ValueError: The model has no such FactorLLM adapter.
     """
-    pairs = list(updates_of(model, adapter_name))
-    if not pairs or not isinstance(pairs[0][1], FactorLLMUpdate):
-        raise ValueError(f"the model has no FactorLLM adapter named '{adapter_name}'")
+    pairs = carriers(model, adapter_name, FactorLLMUpdate, "FactorLLM")
     for layer, update in pairs:
         layer.admit_loaded([adapter_name])
         if update.experts is not None:

@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from folklora.adapters.base import AdapterConfig, Update, zeros
+from folklora.adapters.choices import check_choices
 from folklora.adapters.host.blocks import block_of
 from folklora.polar import orthogonal_part
 
-_NORMS = ("svd", "frobenius", "spectral")
-_LAYOUTS = ("completion", "reconstruction")
+_CHOICES = {"norm": ("svd", "frobenius", "spectral"), "layout": ("completion", "reconstruction")}
 _SAMPLES = 16
 
 
@@ -107,9 +107,7 @@ class GenerativeAdapter(AdapterConfig):
         self.check_rank(self.r)
         if self.dropout:
             raise ValueError("GenerativeAdapter takes no dropout; the authors train without")
-        for name, choices in (("norm", _NORMS), ("layout", _LAYOUTS)):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
+        check_choices(self, _CHOICES)
         for name in ("max_rank", "segments", "window", "inter_size"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -14,7 +14,8 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from folklora.adapters.base import AdapterConfig, Update, kaiming_uniform, zeros
-from folklora.adapters.host.layer import FolkloraLayer, updates_of
+from folklora.adapters.carriers import carriers
+from folklora.adapters.host.layer import FolkloraLayer
 from folklora.adapters.host.saved import add_with_values, placement
 from folklora.adapters.lora import LoRA
 from folklora.factored import Factors, concatenate
@@ -364,9 +365,7 @@ def _check_labels(labels: Sequence[int]) -> None:
 
 
 def _carriers(model: PeftModel, adapter_name: str) -> list[tuple[FolkloraLayer, KINDUpdate]]:
-    pairs = list(updates_of(model, adapter_name))
-    if not pairs or not isinstance(pairs[0][1], KINDUpdate):
-        raise ValueError(f"the model has no KIND adapter named '{adapter_name}'")
+    pairs = carriers(model, adapter_name, KINDUpdate, "KIND")
     for layer, _ in pairs:
         layer.admit_loaded([adapter_name])
     return pairs

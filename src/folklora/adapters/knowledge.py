@@ -12,8 +12,9 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from folklora.adapters.carriers import carriers
 from folklora.adapters.host.blocks import block_of
-from folklora.adapters.host.layer import FolkloraLayer, updates_of
+from folklora.adapters.host.layer import FolkloraLayer
 from folklora.adapters.mixda import MixDAUpdate
 
 IGNORED = -100
@@ -130,10 +131,7 @@ def _filled(text: str, words: Sequence[str]) -> tuple[str, list[tuple[int, int]]
 
 
 def _updates(model: PeftModel, adapter_name: str) -> list[tuple[FolkloraLayer, MixDAUpdate]]:
-    pairs = list(updates_of(model, adapter_name))
-    if not pairs or not isinstance(pairs[0][1], MixDAUpdate):
-        raise ValueError(f"the model has no MixDA adapter named '{adapter_name}'")
-    return pairs
+    return carriers(model, adapter_name, MixDAUpdate, "MixDA")
 
 
 @contextmanager

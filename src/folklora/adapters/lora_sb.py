@@ -22,8 +22,8 @@ class LoRASB(AdapterConfig):
     ΔW₁ = -η sign(G) ≈ U_r S_r V_rᵀ.  B = U_r [out, r] and A = V_rᵀ [r, in] are frozen, R = diag(S_r / s) is trained,
     and y = W x + b + s B (R (A x)),  s = α/r, which is 1 by default and in the authors' code. So the model starts at
     W + ΔW₁ cut to rank r, not at W, by design. A and B are orthonormal, so a gradient step of size h on R moves W by
-    -h s² B Bᵀ G Aᵀ A, at s = 1 the full gradient projected onto their spans: no scaling is left to tune. (Dividing R's
-    start by s where s is not 1 is the paper's as we remember it.) r² trained parameters a weight, whatever its size.
+    -h s² B Bᵀ G Aᵀ A, at s = 1 the full gradient projected onto their spans: no scaling is left to tune. (That R's
+    start is divided by s is not verified in the paper.) r² trained parameters a weight, whatever its size.
 
     The gradient is taken in evaluation mode, without dropout, unlike the authors', and its decomposition is exact and
     in float32, where theirs is randomised and in bfloat16. The sign makes the start blind to the loss's scale. Entries

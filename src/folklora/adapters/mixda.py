@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from folklora.adapters.base import AdapterConfig, Update
 from folklora.adapters.bottlenecks import Dense
+from folklora.adapters.choices import check_choices
 from folklora.adapters.host.blocks import block_of
-from folklora.adapters.host.kinds import SAME, SMALLEST, evenly_spaced, kind_of
+from folklora.adapters.host.kinds import evenly_spaced, kind_of, same_sample
 from folklora.adapters.host.targets import bare
 from folklora.stream.files import read_json
 
@@ -131,9 +132,7 @@ class MixDA(AdapterConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
+        check_choices(self, _CHOICES)
         if self.dropout or self.rank_pattern or self.alpha_pattern:
             raise ValueError("MixDA takes no dropout, rank_pattern or alpha_pattern: it has no rank and no alpha")
         for name in ("reduction", "gate_hidden", "gate_layers"):
@@ -315,10 +314,7 @@ def _samples(folder: str) -> dict[str, Tensor]:
 def _fits(base: nn.Module, layer: str, sample: Tensor) -> bool:
     """Whether a sample is of this base weight; a weight that is not there yet passes."""
     weight = kind_of(base, layer).matrix(base)
-    if weight.is_meta:
-        return True
-    own = evenly_spaced(weight).cpu()
-    return own.shape == sample.shape and torch.allclose(own, sample, SAME, SMALLEST)
+    return weight.is_meta or same_sample(evenly_spaced(weight), sample)
 
 
 def _values(folder: str, layer: str) -> dict[str, Tensor]:

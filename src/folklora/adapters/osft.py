@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from folklora.adapters.base import AdapterConfig, Update, zeros
+from folklora.adapters.carriers import carriers
 from folklora.factored import Factors, concatenate
 from folklora.spectrum import triplets
 
@@ -257,11 +258,7 @@ def next_task(model: nn.Module, ranks: dict[str, int] | None = None, adapter_nam
     Raises:
         ValueError: The model has no OSFT adapter of that name, a rank does not fit its layer, or it is merged.
     """
-    from folklora.adapters.host.layer import updates_of
-
-    pairs, config = list(updates_of(model, adapter_name)), model.peft_config[adapter_name]
-    if not pairs or not all(isinstance(update, OSFTUpdate) for _, update in pairs):
-        raise ValueError(f"the model has no OSFT adapter named '{adapter_name}'")
+    pairs, config = carriers(model, adapter_name, OSFTUpdate, "OSFT"), model.peft_config[adapter_name]
     wanted = {layer.name: len(update.s) for layer, update in pairs} | (ranks or {})
     limits = {layer.name: min(layer.kind.shape(layer.get_base_layer())) for layer, _ in pairs}
     problems = [f"there is no layer '{name}'" for name in wanted if name not in limits]

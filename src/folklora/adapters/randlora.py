@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from folklora.adapters.base import AdapterConfig, Update, zeros
+from folklora.adapters.choices import check_choices
 from folklora.factored import Factors
 
-_BASES = ("dense", "sparse", "very-sparse")
-_SCALES = ("alpha/r", "alpha/(r sqrt n)")
+_CHOICES = {"scale_rule": ("alpha/r", "alpha/(r sqrt n)"), "bases": ("dense", "sparse", "very-sparse")}
 
 
 @dataclass
@@ -89,9 +89,7 @@ class RandLoRA(AdapterConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_rank(self.r)
-        for name, choices in (("scale_rule", _SCALES), ("bases", _BASES)):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
+        check_choices(self, _CHOICES)
 
     def update(self, weight: Tensor) -> RandLoRAUpdate:
         """λ zero, γ constant."""

@@ -164,7 +164,7 @@ class Sources:
                 continue
             own, quantised = evenly_spaced(kind.matrix(base)), is_quantised_weight(base.weight)
             for name, sample in found.items():
-                if own.shape != sample.shape or not same_sample(own, sample, quantised):
+                if not same_sample(own, sample, quantised):
                     raise ValueError(f"source '{name}' was made for another base model's weights (layer '{layer}')")
 
 

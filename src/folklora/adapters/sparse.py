@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from folklora.adapters.base import AdapterConfig, Update
+from folklora.adapters.carriers import carriers
 
 if TYPE_CHECKING:
     from folklora.adapters.host.layer import FolkloraLayer
@@ -73,11 +74,7 @@ def sparse_updates(
     Raises:
         ValueError: The model has no such adapter, or it is merged.
     """
-    from folklora.adapters.host.layer import updates_of
-
-    pairs = list(updates_of(model, adapter_name))
-    if not pairs or not all(isinstance(update, kind) for _, update in pairs):
-        raise ValueError(f"the model has no {method} adapter named '{adapter_name}'")
+    pairs = carriers(model, adapter_name, kind, method)
     merged = [layer.name for layer, _ in pairs if layer.merged]
     if merged:
         raise ValueError(f"layer '{merged[0]}' is merged: call unmerge_adapter()")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from folklora.stream.files import replacing
 
 COVARIANCE, GRADIENT, FISHER = KINDS = ("covariance", "gradient", "fisher")
 _FORMAT = "folklora statistics 1"
@@ -62,7 +63,6 @@ class Statistics(Mapping[str, Mapping[str, Tensor]]):
         Raises:
             OSError: It cannot be written.
         """
-        path = Path(path)
         first: dict[int, str] = {}
         tensors: dict[str, Tensor] = {}
         places: dict[str, dict[str, str]] = {}
@@ -71,14 +71,11 @@ class Statistics(Mapping[str, Mapping[str, Tensor]]):
                 key = first.setdefault(id(value), f"{layer}.{kind}")
                 tensors[key] = value.detach().cpu().contiguous()
                 places.setdefault(layer, {})[kind] = key
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
-            save_file(tensors, temporary, metadata={"format": _FORMAT, "layers": json.dumps(places)})
-            os.replace(temporary, path)
+            with replacing(path) as temporary:
+                save_file(tensors, temporary, metadata={"format": _FORMAT, "layers": json.dumps(places)})
         except SafetensorError as error:
             raise OSError(f"cannot write {path}: {error}") from error
-        finally:
-            temporary.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | Path, device: torch.device | str = "cpu") -> Statistics:

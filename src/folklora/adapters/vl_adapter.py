@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from folklora.adapters.base import AdapterConfig, Update
 from folklora.adapters.bottlenecks import ACTIVATIONS, Dense, Generated, Kronecker
+from folklora.adapters.choices import check_choices
 from folklora.adapters.host.blocks import block_of
 from folklora.adapters.host.layer import layers_of
 from folklora.adapters.vision import VisualEmbedding
@@ -122,9 +123,7 @@ class VLAdapter(AdapterConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
+        check_choices(self, _CHOICES)
         if self.dropout or self.rank_pattern or self.alpha_pattern:
             raise ValueError("VLAdapter takes no dropout, rank_pattern or alpha_pattern: it has no rank and no alpha")
         if not self.tasks or len(set(self.tasks)) < len(self.tasks):

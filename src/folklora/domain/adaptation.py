@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +13,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.func import functional_call
+
+from folklora.stream.files import replacing
 
 # values that went through bfloat16 once
 _SAME = 2.0**-7
@@ -149,7 +150,6 @@ class ContinualTestTimeAdaptation(ABC):
 
     def save(self, path: str | Path) -> None:
         """Write all that a stream's continuation needs as one safetensors file, whole or not at all; not the base."""
-        path = Path(path)
         tensors = {"generator": self.generator.get_state(), "base": self._sample()}
         for kind in ("student", "teacher", "start"):
             tensors |= {f"{kind}.{name}": value.detach() for name, value in getattr(self, kind).items()}
@@ -157,12 +157,8 @@ class ContinualTestTimeAdaptation(ABC):
         tensors = {name: value.cpu().contiguous().clone() for name, value in tensors.items()}
         metadata = {"format": "pt", "method": type(self).__name__}
         metadata |= {"settings": json.dumps(self.settings), "counts": json.dumps(self.counts)}
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
+        with replacing(path) as temporary:
             save_file(tensors, temporary, metadata=metadata)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
 
     @torch.no_grad()
     def resume(self, path: str | Path) -> None:

@@ -9,7 +9,6 @@ lessons.save("lessons.safetensors")
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from folklora.encoders import padded
 from folklora.merge.tokenisations import Alignment, TokenMap, align, plain_tokens
+from folklora.stream.files import replacing
 from folklora.stream.tokens import IGNORED
 
 TARGET = "target"
@@ -184,16 +184,11 @@ class Lessons(Dataset):
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file, whole or not at all."""
-        path = Path(path)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         values = {name: getattr(self, name).contiguous() for name in _PARTS}
         # no vocabulary has 2³¹ tokens
         values |= {name: values[name].int() for name in ("tokens", "ids")}
-        try:
+        with replacing(path) as temporary:
             save_file(values, temporary, metadata={"format": "pt", "names": json.dumps(self.names)})
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | Path) -> Lessons:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 from peft import LoraConfig, PeftConfig, PeftModel, PeftType
 from peft.tuners.lora import LoraLayer
 from torch import nn
@@ -14,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from folklora.adapters.base import PEFT_TYPE
 from folklora.adapters.host.combine import check_combination, weighted_sum
-from folklora.adapters.host.kinds import SAME, SMALLEST, evenly_spaced, kind_of
+from folklora.adapters.host.kinds import evenly_spaced, kind_of, same_sample
 from folklora.factored import Factors
 from folklora.merge.engine.models import Architecture
 from folklora.merge.engine.tasks import task_parts
@@ -69,9 +68,8 @@ def beyond_checkpoint(model: PreTrainedModel, folder: str | Path, tasks: int) ->
         if name is None or key in tied:
             continue
         module = model.get_submodule(name)
-        own, stored = evenly_spaced(kind_of(module, name).matrix(module)).cpu(), evenly_spaced(parts.base)
         # the model may be held in another type than the checkpoint's
-        if own.shape != stored.shape or not torch.allclose(own, stored, rtol=SAME, atol=SMALLEST):
+        if not same_sample(evenly_spaced(kind_of(module, name).matrix(module)), evenly_spaced(parts.base)):
             raise ValueError(f"the model is not that of {folder}: its '{name}' has other weights")
         for task, factors in enumerate(found):
             factors[name] = parts.factors(task)

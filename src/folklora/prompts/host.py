@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from folklora.adapters.host.call import remove_hooks
-from folklora.adapters.host.kinds import SAME, SMALLEST, evenly_spaced
+from folklora.adapters.host.kinds import evenly_spaced, same_sample
 from folklora.prompts.base import PROMPT_TYPE, Prompt, PromptConfig
 from folklora.prompts.places import extended_mask, extended_positions, extended_rows, first_real, tokens
 from folklora.prompts.question import Question, frozen_pass, mean_of, question_length, question_mask
@@ -375,10 +375,8 @@ def _check_saved(model: nn.Module, adapter_name: str, place: str, values: dict[s
             problems.append(f"  {key} has shape {list(saved[key].shape)}, not {list(own[key].shape)}")
         elif not torch.isfinite(saved[key]).all():
             problems.append(f"  {key} holds values that are not finite")
-    if not problems and not own["base_sample"].is_meta:
-        sample, theirs = own["base_sample"].cpu(), saved["base_sample"].float().cpu()
-        if not torch.allclose(sample, theirs, rtol=SAME, atol=SMALLEST):
-            problems.append("  it was made for another base model's weights")
+    if not problems and not own["base_sample"].is_meta and not same_sample(own["base_sample"], saved["base_sample"]):
+        problems.append("  it was made for another base model's weights")
     if problems:
         raise ValueError("\n".join([f"the saved soft prompt does not fit this model ({adapter_name}):", *problems]))
 

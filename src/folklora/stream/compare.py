@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from folklora.stream.charts import DASHES, MARKERS, look_of
-from folklora.stream.files import write_json, write_text
+from folklora.stream.files import replacing, write_json, write_text
 from folklora.stream.metrics import IncompleteMatrixError, forgetting_by_task
 from folklora.stream.plots import COLOURS, STORED, accuracy_so_far, number_text, plain, read_matrix
 from folklora.stream.results import check_results, read_results
@@ -307,10 +306,6 @@ def _draw_retention(panels: Any, matrices: Sequence[list[list[float | None]]], t
 
 
 def _save(figure: Any, path: Path) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(path) as temporary:
         # A date would make every redrawing a change.
         figure.savefig(temporary, format=path.suffix[1:], metadata={"Date": None} if path.suffix == ".svg" else None)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import folklora
 from folklora import AMLoRA, CorDA, KaSA, LoRA, PiSSA, SVFit, check, methods, tiny
-from folklora.adapters.host.experts import ExpertsLayer, SumWeight
+from folklora.adapters.host.experts import ExpertsLayer
 from folklora.adapters.host.export import export_lora
 from folklora.adapters.host.layer import layers_of
 from folklora.adapters.host.stacks import call_with
@@ -198,33 +198,6 @@ def test_no_dense_update_of_all_experts_is_formed(forward: str) -> None:
     with _Largest() as largest:
         layer(x, ids, weights).sum().backward()
     assert largest.elements < stack.numel() // 4
-
-
-def test_operations_that_are_not_known_get_the_dense_sum() -> None:
-    torch.manual_seed(0)
-    W, L, R = torch.randn(3, 4, 5), torch.randn(3, 4, 2), torch.randn(3, 2, 5)
-    weight, dense, x = SumWeight(W, L, R), W + L @ R, torch.randn(3, 7, 5)
-    known = {
-        "linear": lambda w: torch.nn.functional.linear(x[0], w[1]),
-        "matmul of one": lambda w: x[0] @ w[2].T,
-        "matmul of all": lambda w: x @ w.transpose(-1, 1),
-        "bmm": lambda w: torch.bmm(w, x.mT),
-        "chosen": lambda w: torch.bmm(w[torch.tensor([2, 0, 2])], x.mT),
-        "slice": lambda w: w[1:] @ x[1:].mT,
-        "double": lambda w: w.to(torch.float64) @ x.mT.double(),
-    }
-    unknown = {
-        "einsum": lambda w: torch.einsum("eoi,eni->eno", w, x),
-        "chunk": lambda w: torch.cat([x @ part.mT for part in w.chunk(2, dim=1)], dim=-1),
-        "view": lambda w: w.view(12, 5) @ x[0].T,
-        "rows": lambda w: w[:, 1:3],
-        "permute": lambda w: w.permute(2, 0, 1),
-        "sum": lambda w: w + 1.0,
-        "norm": lambda w: torch.linalg.norm(w),
-    }
-    for name, function in {**known, **unknown}.items():
-        tiny.close(function(weight), function(dense).to(function(dense).dtype), 1e-5, name)
-    assert (weight.shape, weight.dtype, weight.device, weight.dim()) == (W.shape, W.dtype, W.device, 3)
 
 
 def test_one_of_the_stacks_alone_and_patterns_of_rank() -> None:

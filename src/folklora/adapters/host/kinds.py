@@ -19,7 +19,7 @@ from folklora.factored import Factors, SharedInput, factored_linear, factored_up
 SAMPLES = 32
 # values that went through bfloat16 once differ by at most half a unit in the last of its 8 bits; those that went
 # through float16 may besides have lost half of its smallest number
-SAME, SMALLEST = 2.0**-7, 2.0**-24
+SAME, _SMALLEST = 2.0**-7, 2.0**-24
 _QUANTISED_COSINE = 0.9
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "out_proj.weight")
@@ -327,9 +327,11 @@ def evenly_spaced(weight: Tensor) -> Tensor:
     return flat[::step][:SAMPLES].float().clone()
 
 
-def same_sample(own: Tensor, sample: Tensor, quantised: bool) -> bool:
+def same_sample(own: Tensor, sample: Tensor, quantised: bool = False) -> bool:
     """Whether two samples are of one base weight, up to one rounding (of a quantised one: point the same way)."""
     own, sample = own.cpu(), sample.detach().float().cpu()
+    if own.shape != sample.shape:
+        return False
     if quantised:
         return bool(F.cosine_similarity(own, sample, dim=0) > _QUANTISED_COSINE)
-    return torch.allclose(own, sample, rtol=SAME, atol=SMALLEST)
+    return torch.allclose(own, sample, rtol=SAME, atol=_SMALLEST)
