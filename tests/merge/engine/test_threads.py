@@ -131,3 +131,35 @@ def test_an_error_ends_tensors_that_others_are_in_the_midst_of(kind, tmp_path):
         side_by_side(do, ["long", "bad"], 2, writer.stop)
     assert 0 < len(made) < count
     assert checkpoints.recorded(tmp_path) == set()
+
+
+def test_files_stay_open_for_what_is_being_written_when_the_user_interrupts_twice(tmp_path, monkeypatch):
+    shards = [Shard("one.safetensors", {"long": Form("U8", (4,))})]
+    checkpoints.create(tmp_path, shards)
+    written, errors = os.pwrite, []
+
+    def pwrite(handle, data, at):
+        time.sleep(0.3)
+        try:
+            return written(handle, data, at)
+        except OSError as error:
+            errors.append(error)
+            raise
+
+    monkeypatch.setattr(checkpoints.os, "pwrite", pwrite)
+    writer = Writer(tmp_path, shards, 0)
+    wait = writer.writes.shutdown
+
+    def shutdown():
+        writer.writes.shutdown = wait
+        raise KeyboardInterrupt
+
+    writer.put("long", [torch.full((4,), 7, dtype=torch.uint8)])
+    while not writer.open:
+        time.sleep(0.01)
+    writer.writes.shutdown = shutdown
+    with pytest.raises(KeyboardInterrupt):
+        writer.__exit__(None)
+    wait()
+    assert errors == []
+    assert (tmp_path / "one.safetensors").read_bytes()[-4:] == b"\x07" * 4

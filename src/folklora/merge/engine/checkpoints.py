@@ -302,6 +302,8 @@ class Writer:
             self._commit_soon()
             self._committed()
         finally:
+            # again, where the user interrupted the first: what is still being written must not find another file open
+            self.writes.shutdown()
             self.commits.shutdown()
             self.record.close()
             for handle in self.open.values():
