@@ -294,6 +294,31 @@ def test_what_was_laid_out_follows_a_change(options: dict[str, Any]) -> None:
         torch.testing.assert_close(model(x), by_the_formula(model, x), rtol=0, atol=100 * EXACT)
 
 
+@pytest.mark.parametrize("options", [{"partition": "random"}, {"train_experts": True}])
+def test_what_was_laid_out_follows_values_that_were_put_past_autograd(options: dict[str, Any]) -> None:
+    # averages of weights and some fused optimizers write so, of which a tensor's version does not tell
+    model, x = adapted(**options), inputs()
+    _, update = the_layer(model)
+    with torch.no_grad():
+        model(x)
+        model.train()
+        for value in trained(model):
+            value.data.copy_(torch.randn(value.shape, generator=torch.Generator().manual_seed(4)))
+        torch.testing.assert_close(model.eval()(x), by_the_formula(model, x), rtol=0, atol=1000 * EXACT)
+        assert update._laid is not None
+        model.train()
+        assert update._laid is None, "training needs its memory"
+
+
+@pytest.mark.parametrize("options", [{}, {"partition": "random"}, {"train_experts": True}])
+@pytest.mark.parametrize("training", [False, True])
+def test_no_tokens_at_all(training: bool, options: dict[str, Any]) -> None:
+    model, x = adapted(**options), inputs()[:, :0]
+    found = model.train(training)(x)
+    assert found.shape == x.shape
+    assert activation_penalty(model) is None, "it would be a mean of nothing"
+
+
 @pytest.mark.parametrize("options", [{"partition": "random"}, {"train_experts": True, "partition": "random"}])
 def test_the_experts_make_a_dense_layer_again(options: dict[str, Any]) -> None:
     base = Net().double()

@@ -126,3 +126,14 @@ def test_it_is_of_what_is_trained_where_an_adapter_has_frozen_parts_too(tiny_lla
     pairs = [(u["task_1"].A, u["task_0"].A) for u in (layer.folklora_updates for layer in layers_of(model))]
     expected = sum(by_angles(*pair).item() for pair in pairs) / len(pairs)
     assert method.measures(model, 1)["reading_overlap"] == pytest.approx(expected, abs=1e-6)
+
+
+def test_of_training_that_diverged_there_is_nothing_to_measure(tiny_llama):
+    method = IncLoRA(adapter=LoRA(r=2, target_modules=["q_proj", "v_proj"]))
+    model = three(tiny_llama(), method)
+    whole = method.measures(model, 2)
+    for number, layer in enumerate(layers_of(model)):
+        layer.folklora_updates["task_1"].A.data[0, number] = float("nan")
+    rest = reading_overlap(model, ["task_2"], ["task_0"])
+    assert method.measures(model, 2) == rest != whole
+    assert method.measures(model, 1) == {}

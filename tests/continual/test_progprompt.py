@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from peft import PeftModel, PromptTuningConfig, get_peft_model
+from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 
 from folklora import LoRA, learn
@@ -84,6 +85,23 @@ def test_the_stream_trains_and_scores_as_a_plain_loop_over_pefts_prompt_tuning(
     asked = [example.prompt for example in stream[1].test]
     found, expected = (rank_labels(model, tiny_tokenizer, asked, stream[1].labels) for model in (ours, theirs))
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_the_stream_trains_a_late_prompt_before_its_questions_last_token(tiny_llama, tiny_tokenizer, stream, tmp_path):
+    method, rows = ProgPrompt(SoftPrompt(prompt_length=3, place="answer")), stream[1].train
+    model = method.start(tiny_llama(1))
+    method.prepare(model, tiny_tokenizer, stream[1:], 0)
+    tokens, base = [70, 71, 72], tiny_llama(1)
+    prompts_of(model)["task_0"].embedding.data.copy_(base.get_input_embeddings()(torch.tensor(tokens)))
+    settings = TrainSettings(learning_rate=1e-9, epochs=1, batch_size=len(rows), max_length=48)
+    (point,) = train_task(model, tiny_tokenizer, method, rows, settings, seed=0, folder=tmp_path)
+    losses = []
+    for example in rows:
+        row = encode(tiny_tokenizer, example, 48)
+        ids, asked = row["input_ids"], row["labels"].count(IGNORED)
+        logits = base(input_ids=torch.tensor([[*ids[: asked - 1], *tokens, *ids[asked - 1 :]]])).logits[0]
+        losses.append(cross_entropy(logits[asked + 2 : -1], torch.tensor(row["labels"][asked:]), reduction="none"))
+    assert point["loss"] == pytest.approx(torch.cat(losses).mean().item(), abs=1e-4)
 
 
 def test_a_prompt_over_a_bfloat16_base_is_trained_in_float32(tiny_llama, tiny_tokenizer, stream, tmp_path):

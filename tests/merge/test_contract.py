@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from folklora.merge import PerTask, average, emr, fisher, slerp, task_arithmetic, ties, tsv_m
+from folklora.merge import PerTask, average, dare_ties, emr, fisher, r_tsvm, slerp, task_arithmetic, ties, tsv_m
 from folklora.merge.deltas import deltas
 from folklora.methods import Method, find, methods
 
@@ -125,6 +125,9 @@ def test_one_value_stands_for_every_model(normal, around):
         (lambda a, b: fisher([a, a], fisher=[a]), "one fisher a model: there are 2 models, but 1 values"),
         (lambda a, b: fisher([a, a], fisher=[a, a[0]]), r"shape \[4\], not \[3, 4\]"),
         (lambda a, b: tsv_m([a * float("nan"), a], b), "every value must be finite"),
+        (lambda a, b: r_tsvm([a], b, outlier_mode="invers"), "outlier_mode is one of 'reweight', .*, not 'invers'"),
+        (lambda a, b: dare_ties([a], b, generator=[None], rescale_norm="l2"), "rescale_norm is one of"),
+        (lambda a, b: r_tsvm([a] * 4, b, weight_limit=0.5), "weight_limit is 0.5, but .* at least 1"),
     ],
 )
 def test_what_cannot_be_is_refused(call, expected, normal):

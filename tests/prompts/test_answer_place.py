@@ -19,9 +19,11 @@ def late(make_base, tokens):
 
     def make(kind):
         base = make_base(kind)
-        model = get_peft_model(base, SoftPrompt(prompt_length=3, place="answer", task_type="CAUSAL_LM")).eval()
+        task_type = "SEQ_2_SEQ_LM" if base.config.is_encoder_decoder else "CAUSAL_LM"
+        model = get_peft_model(base, SoftPrompt(prompt_length=3, place="answer", task_type=task_type)).eval()
+        part = base.get_encoder() if base.config.is_encoder_decoder else base
         with torch.no_grad():
-            prompts_of(model)["default"].embedding.copy_(base.get_input_embeddings()(tokens))
+            prompts_of(model)["default"].embedding.copy_(part.get_input_embeddings()(tokens))
         return model
 
     return make
@@ -72,6 +74,23 @@ def test_generation_agrees_with_and_without_cache_and_with_tokens(late, make_bas
         assert torch.equal(cached[row, 6:], theirs[0, count + 3 :])
         theirs = base.generate(input_ids=whole, attention_mask=torch.ones_like(whole), num_beams=2, **asked)
         assert torch.equal(beams[0][row, 6:], theirs[0, count + 3 :])
+
+
+@pytest.mark.parametrize("left", [True, False])
+@pytest.mark.parametrize("kind", ["t5", "bart"])
+def test_an_encoder_reads_the_prompt_before_its_last_token(kind, left, late, make_base, rows, tokens):
+    model, base = late(kind), make_base(kind)
+    ids, mask = rows(left and kind == "t5")
+    asked = {"max_new_tokens": 4, "do_sample": False, "num_beams": 2, "pad_token_id": 1, "eos_token_id": None}
+    decoded, found = torch.tensor([[0, 9, 8]]), model.generate(input_ids=ids, attention_mask=mask, **asked)
+    read = model(input_ids=ids, attention_mask=mask, decoder_input_ids=decoded.expand(len(ids), -1)).logits
+    for row, kept in enumerate(mask.bool()):
+        own = ids[row, kept].tolist()
+        whole = put(own, len(own) - 1, tokens)
+        expected = base(input_ids=whole, decoder_input_ids=decoded).logits[0]
+        torch.testing.assert_close(read[row], expected, **CLOSE)
+        theirs = base.generate(input_ids=whole, attention_mask=torch.ones_like(whole), **asked)
+        assert torch.equal(found[row], theirs[0])
 
 
 @pytest.mark.parametrize("config", [SoftPrompt, PromptPool])

@@ -220,12 +220,18 @@ class FactorLLMUpdate(Update):
         """c."""
         return self.config.experts / self.config.active if self.config.scale is None else self.config.scale
 
+    def train(self, mode: bool = True) -> FactorLLMUpdate:
+        """Change the mode; training lets go what was laid out: it may write past autograd, which no version shows."""
+        if mode:
+            self._laid = None
+        return super().train(mode)
+
     def output(self, x: Tensor, whole: FeedForward, mask: Tensor | None = None) -> Tensor:
         """c Σ over the chosen experts of F_e(x), with the layer's own bias and dropout."""
         config, tokens = self.config, x.reshape(-1, x.shape[-1])
-        if self.training and torch.is_grad_enabled() and self.router.requires_grad:
+        if self.training and torch.is_grad_enabled() and self.router.requires_grad and len(tokens):
             summed = self._learning(tokens, whole, mask)
-        elif config.active == config.experts:
+        elif config.active == config.experts or not len(tokens):
             summed = self.changed(whole).sum(tokens)
         else:
             layer, *router = self._laid_out(whole, x.dtype)

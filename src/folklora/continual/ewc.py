@@ -155,7 +155,7 @@ def empirical_fisher(
     named = dict(_trained(model))
     parameters, sizes = list(named.values()), [parameter.numel() for parameter in named.values()]
     rows = [encode(tokenizer, example, max_length, bool(model.config.is_encoder_decoder)) for example in examples]
-    total: Tensor | float = 0.0
+    total = torch.zeros(sum(sizes), device=parameters[0].device)
     training = model.training
     model.eval()
     try:
@@ -164,10 +164,11 @@ def empirical_fisher(
             gradients, read = read_gradients([rows[i] for i in batch])
             # they are of the mean over the answer's tokens, and its log-likelihood is their sum
             counts = gradients.new_tensor([len(answer) for _, answer in read])
-            total = total + (gradients * counts.unsqueeze(1)).square().sum(0)
+            # in place: the adapter may be large
+            total += gradients.mul_(counts.unsqueeze(1)).square_().sum(0)
     finally:
         model.train(training)
-    parts = (total / len(rows)).split(sizes)
+    parts = total.div_(len(rows)).split(sizes)
     # each in its own storage: what is carried on is saved by itself
     return {
         name: part.view_as(parameter).to(parameter.device, copy=True)

@@ -32,7 +32,8 @@ def reading_overlap(model: PeftModel, new: Sequence[str], old: Sequence[str]) ->
     Returns:
         "reading_overlap", the mean over layers and pairs of adapters of `row_overlap` of their A [r, in], from 0 to 1;
         and "reading_overlap_by_chance", what is expected of random directions, the mean of r/in of the larger r.
-        Nothing where there is no pair of adapters that train such an A.
+        Nothing where there is no pair of adapters that train such an A; an A that is not finite, of training that
+        diverged, is passed over.
     """
     found: list[float] = []
     chance: list[float] = []
@@ -50,4 +51,5 @@ def reading_overlap(model: PeftModel, new: Sequence[str], old: Sequence[str]) ->
 
 
 def _rows(updates: nn.ModuleDict, name: str) -> Tensor | None:
-    return trained_rows(updates[name]) if name in updates else None
+    A = trained_rows(updates[name]) if name in updates else None
+    return A if A is not None and A.isfinite().all() else None

@@ -34,7 +34,7 @@ import typing
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -104,6 +104,7 @@ def merging(paper: str, trains: str, by_entry: bool = False) -> Callable[[Merge]
             kinds = _kinds(function)
             _check(function.__name__, given, kinds)
             count, dtype = len(given["models"]), _precision(given, kinds)
+            _check_choices(function.__name__, given, kinds)
             for name, kind in kinds.items():
                 if not (by_rows and name in _FIXED):
                     given[name] = _cast(function.__name__, name, given[name], kind, count, dtype)
@@ -157,6 +158,13 @@ def _check(method: str, given: dict[str, Any], kinds: dict[str, Any]) -> None:
     for tensor in everything:
         if not tensor.dtype.is_floating_point:
             raise ValueError(f"{method} merges floating-point tensors, not {tensor.dtype}: copy it from the base")
+
+
+def _check_choices(method: str, given: dict[str, Any], kinds: dict[str, Any]) -> None:
+    for name, kind in kinds.items():
+        if typing.get_origin(kind) is Literal and given[name] not in typing.get_args(kind):
+            choices = ", ".join(map(repr, typing.get_args(kind)))
+            raise ValueError(f"{method}: {name} is one of {choices}, not {given[name]!r}")
 
 
 def _precision(given: dict[str, Any], kinds: dict[str, Any]) -> torch.dtype:

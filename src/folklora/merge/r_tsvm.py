@@ -87,6 +87,8 @@ def r_tsvm(
         sparsity_scale: Whether ε is relative to the largest entry or absolute.
         lambda_: λ, the scale of the merged delta.
     """
+    if weight_limit < 1:
+        raise ValueError(f"weight_limit is {weight_limit}, but the largest factor of a task must be at least 1")
     changes = deltas(models, base)
     most = min(base.shape) // len(models) if base.dim() == 2 else 0
     if not most:

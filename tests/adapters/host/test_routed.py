@@ -114,6 +114,18 @@ def test_on_a_gpu_what_is_chosen_is_the_formula(dtype: torch.dtype, bias: bool, 
 
 @pytest.mark.gpu
 @GPU
+@pytest.mark.parametrize("number", range(5))
+def test_on_a_gpu_a_gradient_reaches_whatever_asks_for_one(number: int) -> None:
+    x, chosen = choice(2, 1)
+    x, chosen, whole = x.float().cuda(), chosen.cuda(), layer(torch.float32, bias=True, device="cuda")
+    asking = matrices(whole)[number].requires_grad_()
+    found, expected = (torch.autograd.grad(way(x, chosen, whole, E).sum(), asking)[0] for way in (routed, one_by_one))
+    assert expected.norm() > 0
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.gpu
+@GPU
 @pytest.mark.skipif(not HOPPER, reason="the grouped product that stays on the device needs Hopper or later")
 @pytest.mark.parametrize(("tokens", "way"), [(1, "few"), (37, "masked"), (700, "grouped")])
 def test_on_a_gpu_nothing_waits_for_the_device(tokens: int, way: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -245,6 +245,19 @@ def test_an_adapter_set_aside_and_put_back_is_regularised_and_a_deleted_one_is_n
     assert float(folklora.penalty(model)) == pytest.approx(once)
 
 
+def test_an_adapter_that_takes_the_place_of_its_namesake_is_asked_once() -> None:
+    for config in (replace(PENALISED, reduction="sum"), Normed(r=4, target_modules=tiny.TARGETS)):
+        model = tiny.precise(config)
+        name = next(iter(model.peft_config))
+        # PeftModel.add_adapter refuses a name that is there, the tuner by itself does not
+        model.base_model.inject_adapter(model.get_base_model(), name)
+        model.set_adapter(name)
+        once = sum(float(update.penalty() or 0) for _, update in updates_of(model, name))
+        assert float(folklora.penalty(model)) == pytest.approx(once)
+        torch.optim.SGD([value for value in model.parameters() if value.requires_grad], lr=0.0).step()
+    assert set(calls_by_layer(model)) == {1}
+
+
 def test_the_value_for_logs_is_what_enters_the_loss() -> None:
     for reduction, divide in (("mean", 6), ("sum", 1)):
         config = KaSA(r=4, target_modules=tiny.TARGETS, beta=0.05, gamma=0.0, reduction=reduction)

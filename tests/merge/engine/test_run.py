@@ -193,3 +193,10 @@ def test_what_stands_beside_the_weights(llamas, tiny_tokenizer, tmp_path, stored
     assert json.loads((out / "generation_config.json").read_text())["eos_token_id"] == 0
     a, b = (stored(llamas / name)["lm_head.weight"] for name in ("a", "b"))
     assert torch.equal(stored(out)["lm_head.weight"], average([a, b], weight=[1.0, 0.3]).to(torch.float16))
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99", "meta", "cpu:x"])
+def test_a_device_that_is_not_there_is_refused_before_anything_is_written(llamas, tmp_path, asked, device):
+    with pytest.raises(ValueError, match=f"there is no device '{device}' here"):
+        merge_models(asked(llamas, "linear", "a", "b"), tmp_path / "out", device=device)
+    assert not list(tmp_path.iterdir())

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import shutil
 import threading
+import time
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from folklora.merge.engine import checkpoints, merge_models
+from folklora.merge.engine.checkpoints import Form, Shard, Writer
 from folklora.merge.engine.team import side_by_side
 
 
@@ -87,7 +89,7 @@ def test_work_side_by_side_uses_one_of_torchs_threads_each_and_stops_at_an_error
         barrier.wait()
         seen.append((item, torch.get_num_threads()))
 
-    side_by_side(do, [0, 1, 2, 3], 2)
+    side_by_side(do, [0, 1, 2, 3], 2, [].append)
     assert sorted(item for item, _ in seen) == [0, 1, 2, 3]
     assert {count for _, count in seen} == {1}
     assert torch.get_num_threads() == 3
@@ -100,6 +102,64 @@ def test_work_side_by_side_uses_one_of_torchs_threads_each_and_stops_at_an_error
         done.append(item)
 
     with pytest.raises(ValueError, match="the first"):
-        side_by_side(fail, [0, 1, 2], 1)
+        side_by_side(fail, [0, 1, 2], 1, [].append)
     assert done == []
     assert torch.get_num_threads() == 3
+
+
+@pytest.mark.parametrize("kind", [ValueError, KeyboardInterrupt])
+def test_an_error_ends_tensors_that_others_are_in_the_midst_of(kind, tmp_path):
+    count, begun = 400, threading.Event()
+    shards = [Shard("one.safetensors", {"long": Form("U8", (count,)), "bad": Form("U8", (1,))})]
+    checkpoints.create(tmp_path, shards)
+    made = []
+
+    def parts():
+        for number in range(count):
+            made.append(number)
+            begun.set()
+            time.sleep(0.01)
+            yield torch.zeros(1, dtype=torch.uint8)
+
+    def do(name: str) -> None:
+        if name == "bad":
+            begun.wait()
+            raise kind("the first")
+        writer.put(name, parts())
+
+    with pytest.raises(kind, match="the first"), Writer(tmp_path, shards, 0, threads=2) as writer:
+        side_by_side(do, ["long", "bad"], 2, writer.stop)
+    assert 0 < len(made) < count
+    assert checkpoints.recorded(tmp_path) == set()
+
+
+def test_files_stay_open_for_what_is_being_written_when_the_user_interrupts_twice(tmp_path, monkeypatch):
+    shards = [Shard("one.safetensors", {"long": Form("U8", (4,))})]
+    checkpoints.create(tmp_path, shards)
+    written, errors = os.pwrite, []
+
+    def pwrite(handle, data, at):
+        time.sleep(0.3)
+        try:
+            return written(handle, data, at)
+        except OSError as error:
+            errors.append(error)
+            raise
+
+    monkeypatch.setattr(checkpoints.os, "pwrite", pwrite)
+    writer = Writer(tmp_path, shards, 0)
+    wait = writer.writes.shutdown
+
+    def shutdown():
+        writer.writes.shutdown = wait
+        raise KeyboardInterrupt
+
+    writer.put("long", [torch.full((4,), 7, dtype=torch.uint8)])
+    while not writer.open:
+        time.sleep(0.01)
+    writer.writes.shutdown = shutdown
+    with pytest.raises(KeyboardInterrupt):
+        writer.__exit__(None)
+    wait()
+    assert errors == []
+    assert (tmp_path / "one.safetensors").read_bytes()[-4:] == b"\x07" * 4

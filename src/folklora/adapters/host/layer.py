@@ -50,7 +50,7 @@ class FolkloraLayer(nn.Module, BaseTunerLayer):
         self.dropouts: dict[str, float] = {}
         self.reductions: dict[str, str] = {}
         self.waiting: set[str] = set()
-        self.asked_at_steps: list[str] = []
+        self.asked_at_steps: dict[str, None] = {}
         self.merged_adapters: list[str] = []
         self.unmerged: dict[str, nn.Parameter] = {}
         self.siblings: list[FolkloraLayer] = []
@@ -89,7 +89,7 @@ class FolkloraLayer(nn.Module, BaseTunerLayer):
             parameter.data = parameter.data.contiguous()
         self.folklora_updates[adapter_name] = update
         if type(update).penalty is not Update.penalty or type(update).after_step is not Update.after_step:
-            self.asked_at_steps.append(adapter_name)
+            self.asked_at_steps[adapter_name] = None
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.dropouts[adapter_name] = config.dropout
         self.reductions[adapter_name] = config.penalty_reduction
@@ -308,7 +308,7 @@ class FolkloraLayer(nn.Module, BaseTunerLayer):
         self.dropouts.pop(adapter_name, None)
         self.reductions.pop(adapter_name, None)
         self.waiting.discard(adapter_name)
-        self.asked_at_steps = [name for name in self.asked_at_steps if name != adapter_name]
+        self.asked_at_steps.pop(adapter_name, None)
         if adapter_name in self.context.shared:
             del self.context.shared[adapter_name]
 

@@ -28,7 +28,8 @@ def routed(tokens: Tensor, chosen: Tensor, layer: FeedForward, experts: int) -> 
     """
     if torch.compiler.is_compiling():
         return masked(tokens, chosen, layer, experts)
-    learns = torch.is_grad_enabled() and (tokens.requires_grad or layer.up.requires_grad)
+    read = (tokens, layer.up, layer.down, layer.gate, layer.up_bias, layer.gate_bias)
+    learns = torch.is_grad_enabled() and any(value is not None and value.requires_grad for value in read)
     # not a question of speed alone: no other way but this one waits for the device
     if not tokens.is_cuda or learns:
         return one_by_one(tokens, chosen, layer, experts)

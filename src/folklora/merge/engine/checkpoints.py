@@ -288,6 +288,7 @@ class Writer:
         # what is computed waits for room, so that no more than a part for each thread is held beside it
         self.room, self.lock = threading.Semaphore(threads), threading.Lock()
         self.failed: BaseException | None = None
+        self.stopped: BaseException | None = None
         self.committing: Future | None = None
 
     def __enter__(self) -> Writer:
@@ -301,6 +302,8 @@ class Writer:
             self._commit_soon()
             self._committed()
         finally:
+            # again, where the user interrupted the first: what is still being written must not find another file open
+            self.writes.shutdown()
             self.commits.shutdown()
             self.record.close()
             for handle in self.open.values():
@@ -311,16 +314,21 @@ class Writer:
 
         Raises:
             OSError: What came before could not be written.
+            BaseException: What `stop` was told.
         """
         at = 0
         for part in parts:
             self.room.acquire()
-            if self.failed is not None:
+            if ended := self.failed or self.stopped:
                 # others may be waiting to hear it too
                 self.room.release()
-                raise self.failed
+                raise ended
             self.writes.submit(self._write, name, part, at)
             at += part.nbytes
+
+    def stop(self, error: BaseException) -> None:
+        """Take no more parts: whoever gives one hears the error. What is whole is still recorded."""
+        self.stopped = error
 
     def _write(self, name: str, tensor: Tensor, offset: int) -> None:
         try:

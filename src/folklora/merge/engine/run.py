@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import shutil
@@ -45,12 +46,13 @@ def merge_models(
 ) -> Path:
     """Merge models on disk into one, a tensor at a time.
 
-    Memory holds some rows of the tensors of one name, of each model, and what is computed from them. It holds these
-    tensors whole, in float32, where a method needs matrices or gives each task its own parts (`emr`, `fisher`, `iso_c`,
-    `r_tsvm`, `regmean`, `tall`, `tsv_c`, `tsv_m`, `twin_merging`, `wudi`, `wudi_closed_form`), where adapters or
-    vocabularies are merged, and of weights that are stored as [in, out], as GPT-2's are. A GPU's memory holds what the
-    models have of one name and of the next as it is stored, if that is less than a quarter of what is free. The folder
-    appears when it is whole; a merge that was killed goes on where it was when it is called again in the same way.
+    Memory holds some rows of the tensors of one name, of each model, and what is computed from them; of as many names
+    as there are threads, where each does a tensor of its own. It holds these tensors whole, in float32, where a method
+    needs matrices or gives each task its own parts (`emr`, `fisher`, `iso_c`, `r_tsvm`, `regmean`, `tall`, `tsv_c`,
+    `tsv_m`, `twin_merging`, `wudi`, `wudi_closed_form`), where adapters or vocabularies are merged, and of weights that
+    are stored as [in, out], as GPT-2's are. A GPU's memory holds what the models have of one name and of the next as it
+    is stored, if that is less than a quarter of what is free. The folder appears when it is whole; a merge that was
+    killed goes on where it was when it is called again in the same way.
 
     Args:
         config: A YAML file of mergekit's form, or its content.
@@ -77,8 +79,7 @@ def merge_models(
     out = Path(out)
     if workers < 1:
         raise ValueError(f"workers must be at least 1, not {workers}")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"there is no device '{device}' here; leave --device out to compute on the CPU")
+    _check_device(device)
     job = prepare(read_config(config), seed=seed, max_shard_size=max_shard_size)
     _check_out(out, job, overwrite)
     team = torchrun_team(device)
@@ -143,8 +144,9 @@ def do_share(
         torch.cuda.set_device(place)
     share = job.plan.share(done, rank, processes)
     threads = torch.get_num_threads() if place.type == "cpu" else 1
-    light = [step for step in share if threads > 1 and _by_blocks(job, step)]
-    alone = [step for step in share if step not in light]
+    light = {step.name for step in share if threads > 1 and _by_blocks(job, step)}
+    alone = [step for step in share if step.name not in light]
+    shared = sorted((step for step in share if step.name in light), key=lambda step: -step.form.bytes)
     numbers = {step.name: number for number, step in enumerate(job.plan.steps)}
     with Writer(work, job.plan.shards, rank, tell, threads) as writer, Uploads(job, place) as uploads:
 
@@ -154,7 +156,7 @@ def do_share(
                 save_parts(work, numbers[step.name], parts)
             writer.put(step.name, tensor)
 
-        side_by_side(lambda step: do(step, {}), sorted(light, key=lambda step: -step.form.bytes), threads)
+        side_by_side(lambda step: do(step, {}), shared, threads, writer.stop)
         for step, there in uploads.along(alone):
             do(step, there)
 
@@ -278,6 +280,16 @@ def _generator(seed: int, name: str, model: Reference, device: torch.device) -> 
     digest = hashlib.sha256(json.dumps([seed, name, str(model)]).encode()).digest()
     # on a CPU the masks of a GPU's merge would take longer to draw than all the rest of it
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def _check_device(device: str) -> None:
+    index = count = 0
+    with contextlib.suppress(RuntimeError):
+        place = torch.device(device)
+        # torch has a module for each kind of device that it can compute on
+        index, count = place.index or 0, getattr(getattr(torch, place.type, None), "device_count", int)()
+    if index >= count:
+        raise ValueError(f"there is no device '{device}' here; leave --device out to compute on the CPU")
 
 
 def _check_out(out: Path, job: Job, overwrite: bool) -> None:

@@ -54,21 +54,33 @@ def in_processes(work: Path, done: set[str], count: int, device: str, tell: Call
         raise OSError(f"a worker ended with code {failed[0]}; the same command goes on where the merge was")
 
 
-def side_by_side(do: Callable[[Item], None], items: Sequence[Item], threads: int) -> None:
+def side_by_side(
+    do: Callable[[Item], None], items: Sequence[Item], threads: int, stop: Callable[[BaseException], None]
+) -> None:
     """Do each item in a thread of its own, in which torch uses no others; the first error ends all.
 
     One operation's rows shared out to many threads would have them wait for each other at its end, and for the reading
     and writing between.
+
+    Args:
+        do: Does one.
+        items: All of them.
+        threads: How many at a time.
+        stop: Called with the first error, also of the user who interrupts; ends those that are being done.
     """
     ended = threading.Event()
+
+    def end(error: BaseException) -> None:
+        ended.set()
+        stop(error)
 
     def one(item: Item) -> None:
         if ended.is_set():
             return
         try:
             do(item)
-        except BaseException:
-            ended.set()
+        except BaseException as error:
+            end(error)
             raise
 
     before = torch.get_num_threads()
@@ -80,8 +92,8 @@ def side_by_side(do: Callable[[Item], None], items: Sequence[Item], threads: int
             try:
                 for future in as_completed(running):
                     future.result()
-            except BaseException:
-                ended.set()
+            except BaseException as error:
+                end(error)
                 raise
     finally:
         torch.set_num_threads(before)
