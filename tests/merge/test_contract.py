@@ -128,6 +128,7 @@ def test_one_value_stands_for_every_model(normal, around):
         (lambda a, b: r_tsvm([a], b, outlier_mode="invers"), "outlier_mode is one of 'reweight', .*, not 'invers'"),
         (lambda a, b: dare_ties([a], b, generator=[None], rescale_norm="l2"), "rescale_norm is one of"),
         (lambda a, b: r_tsvm([a] * 4, b, weight_limit=0.5), "weight_limit is 0.5, but .* at least 1"),
+        (lambda a, b: r_tsvm([a] * 4, b, rank_gamma=-1.0), "rank_gamma is -1.0, but .* at least 0"),
     ],
 )
 def test_what_cannot_be_is_refused(call, expected, normal):

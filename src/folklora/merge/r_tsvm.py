@@ -89,6 +89,8 @@ def r_tsvm(
     """
     if weight_limit < 1:
         raise ValueError(f"weight_limit is {weight_limit}, but the largest factor of a task must be at least 1")
+    if rank_gamma < 0:
+        raise ValueError(f"rank_gamma is {rank_gamma}, but it must be at least 0, which leaves the rank as it is")
     changes = deltas(models, base)
     most = min(base.shape) // len(models) if base.dim() == 2 else 0
     if not most:
