@@ -174,7 +174,7 @@ def load_order(options: argparse.Namespace, order: str, *, named: bool) -> list[
 
 
 def write_tables(options: argparse.Namespace) -> None:
-    """Each order's mean and spread over the seeds; then, of each seed's mean over its orders, mean and spread."""
+    """Each order's mean and spread over the seeds; then, of each seed's mean over the orders, mean and spread."""
     runs, best = records(options.out, "run"), best_rates(options)
     titles = ["method", "learning rate", *(name.replace("order", "order ") for name in options.orders)]
     titles += [*(measure.replace("_", " ") for measure in MEASURES), "trained", "stored", "s"]
@@ -203,11 +203,16 @@ def row_of(method: str, own: list[dict[str, Any]], orders: list[str]) -> list[st
 
 
 def summarise(own: list[dict[str, Any]]) -> dict[str, list[float] | None]:
-    """Measure → each seed's mean over its orders; None where a method has no such measure."""
-    seeds = sorted({r["seed"] for r in own})
+    """Measure → each seed's mean over the orders; None where a method has no such measure.
+
+    A seed that has not run on every order of the others is left out: orders differ by more than seeds do.
+    """
+    by_seed = [[r for r in own if r["seed"] == seed] for seed in sorted({r["seed"] for r in own})]
+    most = max(map(len, by_seed))
+    complete = [runs for runs in by_seed if len(runs) == most]
     found: dict[str, list[float] | None] = {}
     for measure in MEASURES:
-        values = [[r["entry"].get(measure) for r in own if r["seed"] == seed] for seed in seeds]
+        values = [[r["entry"].get(measure) for r in runs] for runs in complete]
         known = all(value is not None for seed in values for value in seed)
         found[measure] = [statistics.mean(seed) for seed in values] if known else None
     return found
