@@ -18,9 +18,12 @@ import statistics
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jobs import add_options, file_name, records, work
+
+if TYPE_CHECKING:
+    from folklora.stream.run import Run
 
 ORDERS = ("order1", "order2", "order3")
 # None leaves an option out
@@ -127,10 +130,20 @@ def learn_one(job: dict[str, Any], options: argparse.Namespace) -> tuple[dict[st
 
     import torch
 
-    from folklora.stream.learn import learn
-
     torch.set_num_threads(1)
     began = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        results = learn_stream(job, options, Path(folder) / "run").results
+    (entry,) = results["methods"].values()
+    entry["attention"] = entry["attention"] if job["kind"] == "run" and job["seed"] == 0 else None
+    record = {**job, "entry": entry, "machine": results["machine"], "wall": round(time.perf_counter() - began, 1)}
+    return record, f"{record['wall']:6.1f} s  AA {entry['average_accuracy']:5.1f}  {job_name(job)}"
+
+
+def learn_stream(job: dict[str, Any], options: argparse.Namespace, out: Path) -> Run:
+    """One method over one order, with the settings that all share and its own."""
+    from folklora.stream.learn import learn
+
     method, own = METHODS[job["method"]]
     targets = options.targets if options.targets == "all-linear" else options.targets.split(",")
     settings = {
@@ -140,16 +153,8 @@ def learn_one(job: dict[str, Any], options: argparse.Namespace) -> tuple[dict[st
     }  # fmt: skip
     chosen = {key: value for key, value in {**settings, **own}.items() if value is not None}
     tasks = load_order(options, job["order"], named=job["names"] == "named")
-    with tempfile.TemporaryDirectory() as folder:
-        run = learn(
-            options.model, tasks, method, out=Path(folder) / "run", options=chosen, seed=job["seed"],
-            validation=job.get("validation", 0.0),
-        )  # fmt: skip
-        results = run.results
-        entry = results["methods"][method]
-    entry["attention"] = entry["attention"] if job["kind"] == "run" and job["seed"] == 0 else None
-    record = {**job, "entry": entry, "machine": results["machine"], "wall": round(time.perf_counter() - began, 1)}
-    return record, f"{record['wall']:6.1f} s  AA {entry['average_accuracy']:5.1f}  {job_name(job)}"
+    validation = job.get("validation", 0.0)
+    return learn(options.model, tasks, method, out=out, options=chosen, seed=job["seed"], validation=validation)
 
 
 def load_order(options: argparse.Namespace, order: str, *, named: bool) -> list[Any]:
