@@ -103,6 +103,8 @@ def arguments() -> argparse.Namespace:
     options = parser.parse_args()
     if options.stage in ("quality", "both") and not (options.model and options.data):
         parser.error("the quality needs --model and --data")
+    if options.repeats < 2:
+        parser.error("--repeats must be at least 2: the speeds are shown with their quartiles")
     if options.tiny:
         vars(options).update(TINY_OPTIONS)
     return options

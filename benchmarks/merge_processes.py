@@ -88,16 +88,23 @@ def measure(words: list[str], out: Path, log: Path, limit: float, gpu: GPU | Non
             file_actions=[(os.POSIX_SPAWN_DUP2, file.fileno(), 1), (os.POSIX_SPAWN_DUP2, file.fileno(), 2)],
         )  # fmt: skip
     family, polls, ended = [process], 0, (0, 0, None)
-    while not ended[0]:
-        time.sleep(_POLL_SECONDS)
-        if polls % _LOOKUPS == 0:
-            family = _session(process)
-        polls += 1
-        _look(run, family, before, gpu)
-        if time.monotonic() - start > limit and run.status == "done":
-            run.status = "stopped"
+    try:
+        while not ended[0]:
+            time.sleep(_POLL_SECONDS)
+            if polls % _LOOKUPS == 0:
+                family = _session(process)
+            polls += 1
+            _look(run, family, before, gpu)
+            if time.monotonic() - start > limit and run.status == "done":
+                run.status = "stopped"
+                os.killpg(process, signal.SIGKILL)
+            ended = os.wait4(process, os.WNOHANG)
+    except BaseException:
+        # a session of its own, which an interrupt from the keyboard does not reach
+        with contextlib.suppress(ProcessLookupError, ChildProcessError):
             os.killpg(process, signal.SIGKILL)
-        ended = os.wait4(process, os.WNOHANG)
+            os.waitpid(process, 0)
+        raise
     _, status, usage = ended
     if run.status == "done":
         run.status = "failed" if status else "done"
