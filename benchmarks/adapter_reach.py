@@ -8,9 +8,9 @@ run is kept. Then, over the test prompts of each task s and every layer, for eac
     reach[t][s] = mean over layers of  ||B_t A_t x||_F / ||W x||_F            x: the layer's inputs [tokens, in]
 
 with all adapters in place. Shown as reach[t][s] / reach[t][t]: 1 where an adapter changes another task's outputs as
-much as its own task's, 0 where it leaves them. `energy` is the share of ||x||^2 that lies in the rows of A_t, over what a
-random subspace of that size would hold, r/in: where it is near 1 and the same for all tasks, the adapter's directions are
-no sign of its task.
+much as its own task's, 0 where it leaves them. `energy` is the share of ||x||^2 that lies in the rows of A_t, over what
+a random subspace of that size would hold, r/in: where it is the same for all tasks, the adapter's directions are no
+sign of its task.
 """
 
 from __future__ import annotations
