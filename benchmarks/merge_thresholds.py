@@ -18,6 +18,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -82,6 +83,17 @@ def counted(method: str, root: Path, ours: Path, theirs: Path) -> Counter:
     return found
 
 
+def merged_by_both(asked: dict[str, Any], work: Path, mergekit: str) -> tuple[Path, Path]:
+    """The folders of what Folklora and mergekit make of a configuration, in float32."""
+    config, ours, theirs = work / "config.yaml", work / "ours", work / "theirs"
+    config.write_text(yaml.safe_dump({**asked, "out_dtype": "float32"}))
+    own = [sys.executable, "-m", "folklora", "merge", str(config), "--out", str(ours), "--overwrite"]
+    subprocess.run(own, check=True, stdout=subprocess.DEVNULL)
+    shutil.rmtree(theirs, ignore_errors=True)
+    subprocess.run([mergekit, str(config), str(theirs), "--quiet", "--no-copy-tokenizer"], check=True)
+    return ours, theirs
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scratch", type=Path, required=True)
@@ -94,11 +106,7 @@ def main() -> None:
         write_models(root, asked.shape)
     work.mkdir(exist_ok=True)
     for method in asked.methods:
-        config, ours, theirs = work / f"{method}.yaml", work / "ours", work / "theirs"
-        config.write_text(yaml.safe_dump({**request(root, method), "out_dtype": "float32"}))
-        own = [sys.executable, "-m", "folklora", "merge", str(config), "--out", str(ours), "--overwrite"]
-        subprocess.run(own, check=True, stdout=subprocess.DEVNULL)
-        subprocess.run([asked.mergekit, str(config), str(theirs), "--quiet", "--no-copy-tokenizer"], check=True)
+        ours, theirs = merged_by_both(request(root, method), work, asked.mergekit)
         print(method, json.dumps(counted(method, root, ours, theirs)), flush=True)
     shutil.rmtree(work)
 
