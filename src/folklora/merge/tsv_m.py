@@ -35,7 +35,8 @@ def tsv_m(models: Sequence[Tensor], base: Tensor, *, lambda_: float = 1.0) -> Te
     When to choose:
         For four tasks and more, when only weights are there: the best of the static methods on published figures,
         with nothing to tune. It costs a decomposition of each task's every matrix; LoRA adapters merge without
-        (`folklora.merge.factors`).
+        (`folklora.merge.factors`). The models should have moved about equally far: one that was tuned at a higher
+        rate rules the sum, and bringing the deltas to one norm first then helps more than the choice of a method.
 
     Equation:
         \theta = \theta_0 + \lambda U_\perp \operatorname{diag}(S_1, \ldots, S_T) V_\perp^\top, \quad
