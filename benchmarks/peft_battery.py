@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import dataclasses
 import importlib
 import json
@@ -28,15 +29,17 @@ from typing import Any
 import pytest
 import torch
 from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils.other import ModulesToSaveWrapper
+from peft_battery_reasons import explanation
 from torch import Tensor, nn
 
 import folklora
 from folklora import tiny
 from folklora.adapters.base import AdapterConfig, Update
 from folklora.adapters.host.kinds import kind_of
+from folklora.adapters.host.layer import FolkloraLayer
 from folklora.adapters.host.targets import bare
 from folklora.adapters.statistics import Statistics, shape_of
-from folklora.check import CHECKS, EXCEPTIONS
 
 METHOD, RESULTS = "FOLKLORA_BATTERY_METHOD", "FOLKLORA_BATTERY_RESULTS"
 # the custom models are tiny: the first of these sizes that fits all the layers of a test is taken
@@ -55,78 +58,6 @@ _SIZES: dict[str, list[dict[str, Any]]] = {
 }
 _LEFT_OUT = {"factorllm": "it adapts feed-forward layers as a whole, and none of the tests' models has one"}
 _NOISE = 0.1
-_PLAIN = "plain_module"
-# what a message says, which tests say it, and why: a check that `folklora.check` excepts the method from, or words
-_EXPLANATIONS: list[tuple[str, str, str]] = [
-    (r"^assert False", r"randlora .*test_disable_adapters", "trains a loss without lower bound till it overflows"),
-    (r"^assert False", r"randlora .*test_safe_merge", "compares float32 to 1e-6, where outputs are around 30"),
-    (r"^assert False", r"randlora .*test_adapter_dtype", "asks for float32; random bases have the base's type"),
-    (r"^assert False", r"smora .*test_only_params", "takes what has no gradient for constant; its balance moves"),
-    (
-        r"^ValueError",
-        r"test_default_target_modules_(list|str)",
-        "takes PEFT's choice of layers; the method has its own",
-    ),
-    (r"cannot be merged into layer", "", "merge"),
-    (r"adapts linear layers; '\w+' is a Conv", "", "convolution"),
-    (r"adapts linear layers; '\w+' is a Embedding", "", "embedding"),
-    (r"takes no dropout|has no input to drop", "", "dropout"),
-    (
-        r"(inside|room in) the attention|the attention '\w+' can have no adapter dropout|no layer with one weight",
-        "",
-        "attention",
-    ),
-    (r"in no block of layers", "", _PLAIN),
-    (r"so it is no fixed matrix that could be summed", "", "weighted"),
-    (
-        r"^assert False",
-        r"(test_safe_merge|test_disable_adapters\w*)\[Conv2dGroups2",
-        "compares sums over 12800 numbers of up to 57600 to six digits of float32; PEFT skips it for its own LoRA",
-    ),
-    (r"^assert False", r"^lora .*test_disable_adapters\[MHA", "trains a loss without lower bound till it overflows"),
-    (r"^assert False", r"test_disable_adapters", "start_at_base"),
-    (
-        r"matches no weight|adapts linear layers with one \[out, in\]|no (sub)?layer of M(lp|LP)|no default target",
-        "",
-        "names a matrix by its parameter (target_parameters), in a layer of the test's own that keeps it as [in, out]",
-    ),
-    (r"no (source|task vector) \w+ layer", "", "names a matrix by its parameter too, which no source adapts"),
-    (r"made for another base", r"test_loading_model", "loads an adapter onto a base with other random weights"),
-    (
-        r"values that are not finite",
-        r"test_parameters_after_loading",
-        "trains a loss without lower bound till it overflows",
-    ),
-    (
-        r"(above|more than the) [0-9]+|leaves nothing of layer",
-        "",
-        "a layer has one row or column, too few for the method",
-    ),
-    (r"Regex pattern did not match|^ValueError: adapter_names", r"_raises", "asks for an error in PEFT's own words"),
-    (r"DID NOT RAISE", r"batches_training_mode_raises", "asks that mixed batches cannot be trained; here they can"),
-    (
-        r"'folklora_shared|== \\{",
-        r"base_model_state_dict",
-        "OPEN: what layers share is listed among the base's parameters",
-    ),
-    (
-        r"assert not True",
-        r"test_only_params_are_updated",
-        "asks that three small steps move every value; some of PEFT's own take 200 times the rate",
-    ),
-    (
-        r"assert (not True|False)",
-        r"am-lora .*(test_disable_adapters\[MLP|test_mixed_adapter_batches_\w+layers)",
-        "its inputs go up to 89, where a softmax over adapters gives the base all of the weight",
-    ),
-    (
-        r"^AssertionError: assert Battery\(",
-        r"test_from_pretrained_config",
-        "a configuration with statistics is replaced by one without",
-    ),
-    (r"assert False == True", r"test_set_requires_grad", "takes every parameter of an adapter for a trained one"),
-    (r"== \{", r"test_default_target_modules", "asks for target_modules as a set; here they are a sorted list"),
-]
 
 
 def _own_class(method: str) -> type:
@@ -148,7 +79,7 @@ def _own_class(method: str) -> type:
 
         def fit(self, model: nn.Module) -> None:
             """Choose sizes that fit the layers, and make the sources and draw the statistics that the method needs."""
-            vars(self).update(_SIZES.get(method, _RANKS)[0] | tiny.example_sources(model, self))
+            vars(self).update(_SIZES.get(method, _RANKS)[0] | tiny.example_sources(_without_adapters(model), self))
             super().fit(model)
             shapes = _shapes(model, self)
             self._choose_sizes(shapes)
@@ -189,6 +120,16 @@ def _shapes(model: nn.Module, config: AdapterConfig) -> dict[str, tuple[int, int
     return found
 
 
+def _without_adapters(model: nn.Module) -> nn.Module:
+    """A copy of the base: a second adapter's sources are made of what the first one's were."""
+    twin = copy.deepcopy(model)
+    for name, module in list(twin.named_modules()):
+        if isinstance(module, (FolkloraLayer, ModulesToSaveWrapper)):
+            base = bare(module) if isinstance(module, FolkloraLayer) else module.original_module
+            twin.set_submodule(name, base)
+    return twin
+
+
 def _drawn(shapes: dict[str, tuple[int, int]], kinds: list[str]) -> Statistics:
     """Statistics of no data at all: the tests ask how a method is carried, not what it learns."""
     found: dict[str, dict[str, Tensor]] = {}
@@ -211,6 +152,13 @@ def _let_name_classes(model: nn.Module) -> nn.Module:
 def _name_classes(model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     # PEFT's tests name no classes
     return args, {**kwargs, "class_labels": [0]} if tiny.reads_classes(model) else kwargs
+
+
+@dataclasses.dataclass
+class _Refused:
+    """In the place of a configuration that the method refuses: the tests that carry it fail with its reason."""
+
+    reason: ValueError
 
 
 Battery = _own_class(os.environ[METHOD]) if METHOD in os.environ else None
@@ -238,11 +186,14 @@ def _translated(value: Any, lora: type) -> Any:
     if value is lora:
         return Battery
     if isinstance(value, lora):
-        return Battery(**_own_options(value.to_dict()))
+        try:
+            return Battery(**_own_options(value.to_dict()))
+        except ValueError as error:
+            return _Refused(error)
     if isinstance(value, (tuple, list)) and type(value) is tuple:
         found = tuple(_translated(part, lora) for part in value)
         of_peft = [part for part in value if _is_peft(part)]
-        ours = [part for part in found if part is Battery or isinstance(part, Battery)]
+        ours = [part for part in found if _is_ours(part)]
         return found if len(of_peft) == len(ours) and ours else None
     return None if _is_peft(value) else value
 
@@ -250,7 +201,7 @@ def _translated(value: Any, lora: type) -> Any:
 def _is_peft(value: Any) -> bool:
     from peft import PeftConfig
 
-    if value is Battery or isinstance(value, Battery):
+    if _is_ours(value):
         return False
     return isinstance(value, PeftConfig) or (isinstance(value, type) and issubclass(value, PeftConfig))
 
@@ -317,7 +268,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def _is_ours(value: Any) -> bool:
-    return value is Battery or isinstance(value, Battery)
+    return value is Battery or isinstance(value, (Battery, _Refused))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_call(item: pytest.Item) -> None:
+    """Fail a test whose configuration the method refuses."""
+    for value in getattr(getattr(item, "callspec", None), "params", {}).values():
+        if isinstance(value, _Refused):
+            raise value.reason
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
@@ -328,17 +287,6 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
         row = {"test": report.nodeid.partition("::")[2], "outcome": report.outcome, "message": message}
         with open(os.environ[RESULTS], "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
-
-
-def explanation(method: str, test: str, message: str) -> str | None:
-    """Why a test fails, from what it says; None where that is not known."""
-    for pattern, tests, reason in _EXPLANATIONS:
-        if re.search(pattern, message) and re.search(tests, f"{method} {test}"):
-            if reason in CHECKS:
-                found = EXCEPTIONS.get((method, reason))
-                return None if found is None else f"exception '{reason}': {found}"
-            return reason
-    return None
 
 
 def run(method: str, tests: Path, out: Path, arguments: list[str]) -> None:

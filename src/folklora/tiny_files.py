@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from folklora.adapters.lora import LoRA
+from folklora.adapters.task_vectors import layers_by_name
 from folklora.adapters.vl_adapter import VLAdapter
 
 
@@ -48,11 +49,13 @@ def source_adapters(model: nn.Module, targets: list[str] | str | None) -> dict[s
 def trained_adapters(model: nn.Module, targets: list[str] | str) -> dict[str, str]:
     """Folders of three LoRAs of this model, for a method that starts from such; they last as long."""
     found = {task: _place(model, task, f"lora {targets!r}") for task in ("art", "law", "music")}
+    known = {name: kind.shape(base) for name, (kind, base) in layers_by_name(model).items() if kind.has_matrix}
+    narrow = {name: 1 for name, shape in known.items() if min(shape) == 1}
     for seed, folder in enumerate(found.values()):
         if not folder.exists():
             with torch.random.fork_rng(devices=[]), torch.no_grad():
                 torch.manual_seed(seed)
-                tuned = get_peft_model(copy.deepcopy(model), LoRA(r=2, target_modules=targets))
+                tuned = get_peft_model(copy.deepcopy(model), LoRA(r=2, rank_pattern=narrow, target_modules=targets))
                 for value in tuned.parameters():
                     if value.requires_grad:
                         value += 0.1 * torch.randn_like(value)
@@ -61,9 +64,13 @@ def trained_adapters(model: nn.Module, targets: list[str] | str) -> dict[str, st
 
 
 def _place(model: nn.Module, name: str, more: str = "") -> Path:
-    """A path of its own for models of these shapes, in a folder that lasts as long as the process."""
-    shapes = {key: list(value.shape) for key, value in model.state_dict().items()}
-    return Path(_models().name) / f"{hashlib.sha256((repr(shapes) + more).encode()).hexdigest()[:16]}-{name}"
+    """A path of its own for models with these weights, in a folder that lasts as long as the process."""
+    digest = hashlib.sha256(more.encode())
+    for key, value in model.state_dict().items():
+        digest.update(f"{key} {list(value.shape)}".encode())
+        # sources of a model are refused on another one of the same shapes
+        digest.update(value.detach().float().cpu().numpy().tobytes())
+    return Path(_models().name) / f"{digest.hexdigest()[:16]}-{name}"
 
 
 @functools.cache

@@ -1,13 +1,14 @@
-"""Saved adapters that ScaLearn and AdapterFusion compose, and what each of them computes, by hand."""
+"""A group of one process, saved adapters that ScaLearn and AdapterFusion compose, and what each computes, by hand."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import peft
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from peft import get_peft_model
 from safetensors.torch import load_file
@@ -16,6 +17,14 @@ from torch import Tensor, nn
 from folklora import LoRA, VLAdapter, tiny
 
 Outputs = Callable[[str, str, Tensor, Tensor], Tensor]
+
+
+@pytest.fixture
+def one_process() -> Iterator[None]:
+    """A group of processes, which FSDP asks for."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="session")

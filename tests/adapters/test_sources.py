@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from transformers import LlamaForCausalLM
 
-from folklora import AdapterFusion, AMLoRA, LoRA, ScaLearn, VLAdapter, tiny
+from folklora import AdapterFusion, AMLoRA, LoRA, Rocket, ScaLearn, VLAdapter, tiny
 from folklora.adapters.base import AdapterConfig
 from folklora.adapters.host.layer import layers_of, updates_of
 
@@ -132,3 +132,13 @@ def test_a_bottleneck_has_a_width_of_its_own_and_either_activation() -> None:
     for options in ({"activation": "tanh"}, {"bottleneck_size": 0}):
         with pytest.raises(ValueError, match=next(iter(options))):
             VLAdapter(**options)
+
+
+def test_example_sources_are_those_of_the_model_and_fit_its_layers() -> None:
+    models = [tiny.TwoLayers(), tiny.TwoLayers()]
+    models[1].q.weight.data *= 2
+    for model in models:
+        get_peft_model(model, tiny.calibrated(model, ScaLearn(target_modules=["q"])))
+    narrow = torch.nn.Sequential(torch.nn.Linear(6, 4), torch.nn.Linear(4, 1))
+    model = get_peft_model(narrow, tiny.calibrated(narrow, Rocket(target_modules=["0", "1"])))
+    assert {layer.name: update.r for layer, update in updates_of(model, "default")} == {"0": 2, "1": 1}

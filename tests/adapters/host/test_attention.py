@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
@@ -93,13 +91,6 @@ def test_both_weights_of_an_attention_are_trained_saved_and_loaded(config: LoRA,
     with torch.no_grad():
         tiny.same(loaded(x), model.eval()(x), "loaded and saved")
         tiny.same(pickle.loads(pickle.dumps(model))(x), model(x), "pickled and saved")
-
-
-@pytest.fixture
-def one_process() -> Iterator[None]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("config", METHODS, ids=lambda config: config.method)

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers.pytorch_utils import Conv1D
 
 from folklora import LoRA, check, methods, tiny
@@ -143,6 +144,19 @@ def test_saved_and_merged(name: str, kind: str, tmp_path: Path) -> None:
     wrapped = next(layers_of(model))
     assert (wrapped.out_features, wrapped.in_features) == wrapped.kind.shape(wrapped.get_base_layer())
     tiny.close(merged(x), expected, 1e-5, "the merged layer and the adapted one")
+
+
+@pytest.mark.parametrize("name", ["lora", "lt-sft"])
+@pytest.mark.parametrize("kind", LAYERS)
+@torch.no_grad()
+def test_flat_parameters_of_fsdp_are_seen(kind: str, name: str, one_process: None) -> None:
+    """While they are whole, plain tensors lie over the parameters, the base's weight among them."""
+    model, x = _adapted(name, kind, torch.float32)
+    expected = model(x)
+    with model.disable_adapter():
+        assert not torch.allclose(model(x), expected, atol=1e-3)
+    wrapped = FullyShardedDataParallel(model, use_orig_params=True, device_id="cpu")
+    tiny.close(wrapped(x), expected, 1e-6, "sharded and not")
 
 
 def test_padding_is_trained_as_peft_trains_it() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 
-from folklora import LoRA, check, methods, tiny
+from folklora import LoRA, MixDA, check, methods, tiny
 from folklora.adapters.base import AdapterConfig
 from folklora.adapters.host.kinds import kind_of
 from folklora.adapters.host.layer import layers_of
@@ -222,6 +222,18 @@ def test_dropout_draws_anew_each_pass() -> None:
     torch.manual_seed(2)
     model, x = _ghost((0.5, 1.0)), torch.ones(5, 40)
     assert not torch.equal(model(x), model(x))
+
+
+@pytest.mark.parametrize("target", ["q", "v"])
+def test_a_second_adapter_is_in_the_models_mode(target: str) -> None:
+    model = get_peft_model(tiny.TwoLayers(), MixDA(reduction=2, gate_hidden=4, target_modules=["q"]))
+    assert all(layer.training for layer in layers_of(model))
+    model.eval().add_adapter("second", MixDA(reduction=2, gate_hidden=4, gate_dropout=0.5, target_modules=[target]))
+    assert not any(module.training for module in model.modules())
+    tiny.moved(model, "second")
+    x = torch.randn(4, 32, generator=torch.Generator().manual_seed(2))
+    tiny.same(model(x), model(x), "two passes in evaluation")
+    assert not torch.equal(model.train()(x), model(x))
 
 
 def test_a_second_adapter_without_dropout_is_not_dropped() -> None:

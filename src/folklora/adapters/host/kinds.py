@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -79,7 +80,7 @@ class Kind:
             dropout: Of the update's input.
             weight: In the layer's own layout, in the place of its own weight.
         """
-        y = base(x) if weight is None else functional_call(base, {"weight": weight}, (x,))
+        y = base(x) if weight is None else swapped_call(base, {"weight": weight}, x)
         return y if factors is None else y + self.update(base, F.dropout(x, dropout) if dropout else x, factors)
 
     def update(self, base: nn.Module, x: Tensor, factors: Factors) -> Tensor:
@@ -293,6 +294,19 @@ def put_weight(base: nn.Module, key: str, weight: nn.Parameter) -> None:
     """Put another in its place."""
     owner, _, leaf = key.rpartition(".")
     setattr(base.get_submodule(owner), leaf, weight)
+
+
+def swapped_call(module: nn.Module, tensors: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+    """module(*args, **kwargs) with other tensors in the place of its parameters of those names."""
+    owners = {key: module.get_submodule(key.rpartition(".")[0]) for key in tensors}
+    # while FSDP1 has parameters whole, plain tensors lie over them as attributes, which a swap would not get past
+    over = [(owner, key.rpartition(".")[2]) for key, owner in owners.items() if key.rpartition(".")[2] in vars(owner)]
+    laid = [(owner, leaf, vars(owner).pop(leaf)) for owner, leaf in over]
+    try:
+        return functional_call(module, tensors, args, kwargs)
+    finally:
+        for owner, leaf, value in laid:
+            vars(owner)[leaf] = value
 
 
 def is_transposed(base: nn.Module) -> bool:

@@ -87,7 +87,7 @@ class FolkloraLayer(nn.Module, BaseTunerLayer):
         for parameter in update.parameters():
             # FSDP2 shards only what lies in one piece, and a transposed factor does not
             parameter.data = parameter.data.contiguous()
-        self.folklora_updates[adapter_name] = update
+        self.folklora_updates[adapter_name] = update.train(self.training)
         if type(update).penalty is not Update.penalty or type(update).after_step is not Update.after_step:
             self.asked_at_steps[adapter_name] = None
         self._move_adapter_to_device_of_base_layer(adapter_name)

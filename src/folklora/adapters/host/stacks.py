@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from folklora.adapters.base import Update
+from folklora.adapters.host.kinds import swapped_call
 from folklora.factored import Factors
 
 
@@ -17,19 +17,6 @@ def call_with(update: Update, method: str, parameters: dict[str, Tensor]) -> Any
     if not parameters:
         return getattr(update, method)()
     return swapped_call(_Method(update, method), {f"update.{key}": value for key, value in parameters.items()})
-
-
-def swapped_call(module: nn.Module, tensors: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
-    """module(*args, **kwargs) with other tensors in the place of its parameters of those names."""
-    owners = {key: module.get_submodule(key.rpartition(".")[0]) for key in tensors}
-    # while FSDP1 has parameters whole, plain tensors lie over them as attributes, which a swap would not get past
-    over = [(owner, key.rpartition(".")[2]) for key, owner in owners.items() if key.rpartition(".")[2] in vars(owner)]
-    laid = [(owner, leaf, vars(owner).pop(leaf)) for owner, leaf in over]
-    try:
-        return functional_call(module, tensors, args, kwargs)
-    finally:
-        for owner, leaf, value in laid:
-            vars(owner)[leaf] = value
 
 
 class _Method(nn.Module):

@@ -100,6 +100,8 @@ class FolkloraModel(BaseTuner):
             target.add(adapter_name, own, waiting=waiting, trainable=trainable)
         else:
             layer = layer_class(kind_of(target, current_key), parent)(target, current_key, self._context())
+            # the model's mode: it is in training until it is told otherwise
+            layer.training = layer.folklora_updates.training = self.training
             layer.set_adapter(self.active_adapters)
             layer.add(adapter_name, own, waiting=waiting, trainable=trainable)
             self._replace_module(parent, target_name, layer, target)

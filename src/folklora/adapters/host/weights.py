@@ -17,12 +17,13 @@ from folklora.adapters.host.kinds import (
     evenly_spaced,
     in_attention,
     is_transposed,
+    swapped_call,
     weight_at,
     weight_matrices,
     weight_names,
 )
 from folklora.adapters.host.layer import FolkloraLayer
-from folklora.adapters.host.stacks import StackUpdate, expanded, stacked, swapped_call
+from folklora.adapters.host.stacks import StackUpdate, expanded, stacked
 
 
 class WeightsLayer(FolkloraLayer):
