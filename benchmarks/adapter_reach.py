@@ -19,7 +19,7 @@ import argparse
 import json
 import statistics
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -122,7 +122,8 @@ def measured(model: nn.Module, tokenizer: Any, prompts: list[str]) -> dict[str, 
 
 
 @contextmanager
-def seen(model: nn.Module, see: Any) -> Iterator[None]:
+def seen(model: nn.Module, see: Callable[[FolkloraLayer, Tensor], None]) -> Iterator[None]:
+    """While open, `see` is called with every adapted layer and its inputs [tokens, in]."""
     hooks = [
         layer.register_forward_pre_hook(lambda layer, inputs: see(layer, inputs[0].flatten(0, -2).float()))
         for layer in layers_of(model)
