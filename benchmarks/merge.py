@@ -52,6 +52,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "model_stock": {"base": True},
     "sce": {"whole": {"select_topk": 0.5}, "base": True},
     "karcher": {},
+    "nearswap": {"whole": {"t": 0.001}, "base": True, "models": 1},
+    "passthrough": {"models": 1},
+    "ram": {"base": True},
 }
 # two programs draw other masks
 DRAWN = ("dare_linear", "dare_ties", "della", "della_linear")

@@ -16,17 +16,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import merge
 from merge import DRAWN, METHODS, request
 from merge_checkpoints import read_tensors, write_models
 from merge_thresholds import merged_by_both
-
-_ALL: dict[str, dict[str, Any]] = {
-    **METHODS,
-    "nearswap": {"whole": {"t": 0.001}, "base": True, "models": 1},
-    "passthrough": {"models": 1},
-    "ram": {"base": True},
-}
 
 
 def main() -> None:
@@ -41,7 +33,6 @@ def main() -> None:
     elif not (root / "b" / "model.safetensors.index.json").is_file():
         write_models(root, "small")
     work.mkdir(parents=True, exist_ok=True)
-    merge.METHODS.update(_ALL)
     rows = []
     for method in asked.methods:
         config = request(root, method)
@@ -88,7 +79,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--scratch", type=Path, required=True)
     parser.add_argument("--mergekit", required=True, help="mergekit-yaml, perhaps of another environment")
     parser.add_argument("--models", type=Path, nargs=3, metavar=("BASE", "A", "B"), help="folders of three models")
-    parser.add_argument("--methods", nargs="+", choices=_ALL, default=list(_ALL))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     return parser.parse_args()
 
 

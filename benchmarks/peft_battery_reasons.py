@@ -7,26 +7,28 @@ import re
 from folklora.check import CHECKS, EXCEPTIONS
 
 _PLAIN = "plain_module"
+_OVERFLOWS = "trains a loss without lower bound till it overflows"
+_OWN_LAYERS = "takes PEFT's choice of layers; the method has its own"
 # what a message says, which tests say it, and why: a check that `folklora.check` excepts the method from, or words
 _EXPLANATIONS: list[tuple[str, str, str]] = [
-    (r"^assert False", r"randlora .*test_disable_adapters", "trains a loss without lower bound till it overflows"),
+    (r"^assert False", r"randlora .*test_disable_adapters", _OVERFLOWS),
     (r"^assert False", r"randlora .*test_safe_merge", "compares float32 to 1e-6, where outputs are around 30"),
     (r"^assert False", r"randlora .*test_adapter_dtype", "asks for float32; random bases have the base's type"),
     (r"^assert False", r"smora .*test_only_params", "takes what has no gradient for constant; its balance moves"),
     (
         r"^ValueError",
         r"test_default_target_modules_(list|str)",
-        "takes PEFT's choice of layers; the method has its own",
+        _OWN_LAYERS,
     ),
     (
         r"^Failed: DID NOT RAISE|== \['lin0'\]",
         r"^(atlas|lt-sft) .*test_default_target_modules_",
-        "takes PEFT's choice of layers; the method has its own",
+        _OWN_LAYERS,
     ),
     (
         r"^AssertionError: assert \['lin0'\] == 'lin0'",
         r"^rocket .*test_default_target_modules_str",
-        "takes PEFT's choice of layers; the method has its own",
+        _OWN_LAYERS,
     ),
     (r"cannot be merged into layer", "", "merge"),
     (r"adapts linear layers; '\w+' is a Conv", "", "convolution"),
@@ -54,7 +56,7 @@ _EXPLANATIONS: list[tuple[str, str, str]] = [
         r"^(?!exssnet ).*(test_safe_merge|test_disable_adapters\w*)\[Conv2dGroups2",
         "compares sums over 12800 numbers of up to 57600 to six digits of float32; PEFT skips it for its own LoRA",
     ),
-    (r"^assert False", r"^lora .*test_disable_adapters\[MHA", "trains a loss without lower bound till it overflows"),
+    (r"^assert False", r"^lora .*test_disable_adapters\[MHA", _OVERFLOWS),
     (r"^assert False", r"test_disable_adapters", "start_at_base"),
     (
         r"matches no weight|adapts linear layers with one \[out, in\]|no (sub)?layer of M(lp|LP)|no default target",
@@ -66,7 +68,7 @@ _EXPLANATIONS: list[tuple[str, str, str]] = [
     (
         r"values that are not finite",
         r"test_parameters_after_loading",
-        "trains a loss without lower bound till it overflows",
+        _OVERFLOWS,
     ),
     (
         r"(above|more than the) [0-9]+|leaves nothing of layer",

@@ -213,8 +213,9 @@ def summarise(own: list[dict[str, Any]]) -> dict[str, list[float] | None]:
     A seed that has not run on every order of the others is left out: orders differ by more than seeds do.
     """
     by_seed = [[r for r in own if r["seed"] == seed] for seed in sorted({r["seed"] for r in own})]
-    most = max(map(len, by_seed))
-    complete = [runs for runs in by_seed if len(runs) == most]
+    orders = [{r["order"] for r in runs} for runs in by_seed]
+    widest = max(orders, key=len)
+    complete = [runs for runs, own_orders in zip(by_seed, orders, strict=True) if own_orders == widest]
     found: dict[str, list[float] | None] = {}
     for measure in MEASURES:
         values = [[r["entry"].get(measure) for r in runs] for runs in complete]
