@@ -27,7 +27,7 @@ def main() -> None:
 
     from folklora.stream.learn import learn
 
-    tasks = [task for task in load_order(options, "order4", named=True) if task.name in TASKS]
+    tasks = [task for task in load_order(options, "order4", named=True) if task.name in options.tasks]
     settings = {
         "learning_rate": options.rate, "epochs": options.epochs, "batch_size": 32, "r": options.rank,
         "alpha": 2.0 * options.rank, "dropout": 0.1, "target_modules": "all-linear", "max_length": 512,
@@ -52,6 +52,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS))
     parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--rate", type=float, default=3e-4, help="at 1e-3 it diverges with a rank of 64")
     parser.add_argument("--epochs", type=float, default=3)

@@ -54,8 +54,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "l2p": ("l2p", {**WITHOUT_LORA, **OF_PROMPTS, "top_k": 1}),
 }
 ORDER_FREE = ("per-task", "multi-task")
-# prompts are trained at other rates than weights
-RATES: dict[str, list[float]] = {"progprompt": [1e-2, 3e-2, 1e-1], "l2p": [1e-2, 3e-2, 1e-1]}
+PROMPTS = ("progprompt", "l2p")
 MEASURES = ("average_accuracy", "backward_transfer", "forward_transfer", "learning_accuracy")
 LONGEST_TEXT = 1200  # characters; the question around the text is never cut
 
@@ -84,6 +83,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--orders", nargs="+", default=list(ORDERS))
     parser.add_argument("--names", nargs="+", choices=("named", "unnamed"), default=["named", "unnamed"])
     parser.add_argument("--rates", nargs="+", type=float, default=[3e-4, 1e-3, 3e-3], help="of all but prompts")
+    parser.add_argument("--prompt-rates", nargs="+", type=float, default=[1e-2, 3e-2, 1e-1], help="of prompts")
     parser.add_argument("--targets", default="all-linear", help='"all-linear" or names joined by commas')
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--epochs", type=float, default=2)
@@ -91,14 +91,18 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--train-rows", type=int, default=2000, help="training examples a task at the most")
     parser.add_argument("--test-rows", type=int, default=500)
     parser.add_argument("--evaluate", choices=("all", "seen", "last"), default="all", help="what is scored when")
+    parser.add_argument("--metric", choices=("rank", "exact"), default="rank", help="rank the labels, or write freely")
     parser.add_argument("--minutes", type=float, default=1e6, help="no new run begins after this")
     return parser.parse_args()
 
 
 def tuning_jobs(options: argparse.Namespace) -> list[dict[str, Any]]:
-    grid = ((rate, method) for method in options.methods for rate in RATES.get(method, options.rates))
     common = {"kind": "tune", "names": options.names[0], "order": "order1", "seed": 0, "validation": 0.1}
-    return [{**common, "method": method, "rate": rate} for rate, method in grid]
+    return [
+        {**common, "method": method, "rate": rate}
+        for method in options.methods
+        for rate in (options.prompt_rates if method in PROMPTS else options.rates)
+    ]
 
 
 def final_jobs(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -112,9 +116,11 @@ def final_jobs(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def best_rates(options: argparse.Namespace) -> dict[str, tuple[float, float]]:
-    """Method → (learning rate, its average accuracy on held-out training examples)."""
+    """Method → (learning rate, its average accuracy on held-out training examples); a rate that diverges is none."""
     best: dict[str, tuple[float, float]] = {}
     for record in records(options.out, "tune"):
+        if record["entry"] is None:
+            continue
         key, score = record["method"], record["entry"]["average_accuracy"]
         if key not in best or score > best[key][1]:
             best[key] = (record["rate"], score)
@@ -130,10 +136,17 @@ def learn_one(job: dict[str, Any], options: argparse.Namespace) -> tuple[dict[st
 
     import torch
 
+    from folklora.stream.train import DivergedError
+
     torch.set_num_threads(1)
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        results = learn_stream(job, options, Path(folder) / "run").results
+        try:
+            results = learn_stream(job, options, Path(folder) / "run").results
+        except DivergedError as error:
+            if job["kind"] == "run":
+                raise
+            return {**job, "entry": None, "diverged": str(error)}, f"diverged: {job_name(job)}: {error}"
     (entry,) = results["methods"].values()
     entry["attention"] = entry["attention"] if job["kind"] == "run" and job["seed"] == 0 else None
     record = {**job, "entry": entry, "machine": results["machine"], "wall": round(time.perf_counter() - began, 1)}
@@ -154,7 +167,8 @@ def learn_stream(job: dict[str, Any], options: argparse.Namespace, out: Path) ->
     chosen = {key: value for key, value in {**settings, **own}.items() if value is not None}
     tasks = load_order(options, job["order"], named=job["names"] == "named")
     validation = job.get("validation", 0.0)
-    return learn(options.model, tasks, method, out=out, options=chosen, seed=job["seed"], validation=validation)
+    how = {"seed": job["seed"], "validation": validation, "metric": options.metric}
+    return learn(options.model, tasks, method, out=out, options=chosen, **how)
 
 
 def load_order(options: argparse.Namespace, order: str, *, named: bool) -> list[Any]:

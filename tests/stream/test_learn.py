@@ -24,7 +24,7 @@ from folklora.stream.learn import learn
 from folklora.stream.run import Run, RunError
 from folklora.stream.tasks import Example, Task
 from folklora.stream.tokens import encode
-from folklora.stream.train import TrainSettings, _arguments, _causal_trainer, train_task
+from folklora.stream.train import DivergedError, TrainSettings, _arguments, _causal_trainer, train_task
 
 QUICK = {"r": 2, "dropout": 0.0, "learning_rate": 0.02, "batch_size": 8, "max_length": 48, "epochs": 2}
 
@@ -323,3 +323,12 @@ def test_a_long_stream_need_not_be_scored_on_everything_after_each_task(model_fo
     assert matrices["last"] == [[None] * count, last]
     with pytest.raises(ValueError, match="evaluate must be all, seen or last, not 'never'"):
         learn(model_folder, tasks, "seq-lora", out=tmp_path / "other", options={"evaluate": "never"})
+
+
+def test_training_that_diverges_is_an_error(model_folder, tasks, tmp_path):
+    options = {"learning_rate": 1e30, "batch_size": 8, "max_length": 48, "epochs": 2}
+    said = (
+        r"lt-sft, task 'xx, full': training has diverged: the loss is nan by step \d of 6.*learning_rate \(now 1e\+30\)"
+    )
+    with pytest.raises(DivergedError, match=said):
+        learn(model_folder, tasks, "lt-sft", out=tmp_path / "run", options=options)

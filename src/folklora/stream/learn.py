@@ -88,7 +88,7 @@ def learn(
     Raises:
         TaskError: Something is wrong with the tasks; every problem is named.
         RunError: `out` cannot be used.
-        ValueError: An option or method is unknown or does not fit the model.
+        ValueError: An option or method is unknown or does not fit the model, or training diverged (`DivergedError`).
     """
     # without a word about CPUs, accelerate takes each of several processes for the only one until training begins
     PartialState(cpu=not torch.accelerator.is_available())
@@ -209,15 +209,15 @@ class _Lesson:
             trainable = max(trainable, sum(p.numel() for p in model.parameters() if p.requires_grad))
             shown = f"{name}, {phase.name}" if phase.name else name
             course.tell(event="train", method=method.method, task=shown, index=index, examples=len(examples))
-            own = {key: getattr(phase, key) for key in ("epochs", "learning_rate")}
             found = train_task(
                 model,
                 course.tokenizer,
                 method,
                 examples,
-                dataclasses.replace(course.settings, **{key: value for key, value in own.items() if value is not None}),
+                course.settings.in_phase(phase),
                 seed=seed,
                 folder=course.run.path / method.method / ".trainer",
+                title=f"{method.method}, task '{shown}'",
                 on_step=lambda step, steps, loss: course.tell(event="step", step=step, steps=steps, loss=loss),
             )
             before = losses[-1]["step"] if losses else 0

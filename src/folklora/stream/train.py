@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -23,7 +25,7 @@ from transformers import (
 )
 
 from folklora.adapters.host.steps import activation_penalty
-from folklora.continual.base import ContinualMethod
+from folklora.continual.base import ContinualMethod, Phase
 from folklora.stream.tasks import Example
 from folklora.stream.tokens import IGNORED, encode
 
@@ -99,6 +101,15 @@ class TrainSettings:
             )
         return self.batch_size // parts
 
+    def in_phase(self, phase: Phase) -> TrainSettings:
+        """With the epochs and the learning rate that a phase has of its own."""
+        given = {key: getattr(phase, key) for key in ("epochs", "learning_rate")}
+        return dataclasses.replace(self, **{key: value for key, value in given.items() if value is not None})
+
+
+class DivergedError(ValueError):
+    """The training loss is NaN or infinite, so that the trained parameters are lost; what was saved before is not."""
+
 
 def train_task(
     model: PeftModel,
@@ -109,6 +120,7 @@ def train_task(
     *,
     seed: int,
     folder: str | Path,
+    title: str = "",
     on_step: Callable[[int, int, float | None], None] | None = None,
 ) -> list[dict[str, float]]:
     """Train the model's trainable parameters on examples, with a new optimiser; the loss is the answers' alone.
@@ -121,14 +133,18 @@ def train_task(
         settings: How.
         seed: Of the order of examples, dropout and whatever else is drawn.
         folder: For the trainer's own files; nothing is left there.
+        title: What an error calls this training; none takes the method's name.
         on_step: Called with (step, steps in all, loss or None) after each step.
 
     Returns:
         [{"step": int, "loss": float}, ...], the training loss every few steps.
+
+    Raises:
+        DivergedError: The loss is NaN or infinite.
     """
     encoder_decoder = bool(model.config.is_encoder_decoder)
     rows = [encode(tokenizer, example, settings.max_length, encoder_decoder) for example in examples]
-    watch = _Watch(partial(method.begin, model), on_step)
+    watch = _Watch(partial(method.begin, model), on_step, title or method.method)
     arguments = _arguments(settings, seed, folder, len(rows))
     build = _seq2seq_trainer if encoder_decoder else _causal_trainer
     trainer = build(model, tokenizer, rows, arguments, [watch], method)
@@ -166,6 +182,8 @@ def _arguments(settings: TrainSettings, seed: int, folder: str | Path, count: in
         "seed": seed,
         "logging_steps": max(1, steps // 20),
         "logging_strategy": "steps",
+        # the trainer would leave a loss that is no number out of the means, and show 0 from then on
+        "logging_nan_inf_filter": False,
         "save_strategy": "no",
         "report_to": [],
         "disable_tqdm": True,
@@ -177,8 +195,10 @@ def _arguments(settings: TrainSettings, seed: int, folder: str | Path, count: in
 
 
 class _Watch(TrainerCallback):
-    def __init__(self, begin: Callable[[int], None], on_step: Callable[[int, int, float | None], None] | None) -> None:
-        self.begin, self.on_step = begin, on_step
+    def __init__(
+        self, begin: Callable[[int], None], on_step: Callable[[int, int, float | None], None] | None, title: str
+    ) -> None:
+        self.begin, self.on_step, self.title = begin, on_step, title
         self.losses: list[dict[str, float]] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -190,6 +210,11 @@ class _Watch(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
         if logs and "loss" in logs:
+            if not math.isfinite(logs["loss"]):
+                raise DivergedError(
+                    f"{self.title}: training has diverged: the loss is {logs['loss']} by step {state.global_step} of "
+                    f"{state.max_steps}. A lower learning_rate (now {args.learning_rate:g}) usually helps."
+                )
             self.losses.append({"step": state.global_step, "loss": round(float(logs["loss"]), 6)})
 
 
