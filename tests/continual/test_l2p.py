@@ -8,6 +8,7 @@ import torch
 from folklora import LoRA, learn
 from folklora.continual import L2P
 from folklora.prompts import PromptPool, SoftPrompt, prompts_of
+from folklora.stream.explain import explain
 from folklora.stream.train import TrainSettings, train_task
 
 SIZES = {"pool_size": 5, "top_k": 2, "prompt_length": 3}
@@ -98,6 +99,25 @@ def test_it_learns_a_task_and_then_another(tiny_llama, tiny_tokenizer, contradic
     # nobody tells it which of the two is asked, so the same questions have one answer
     assert entry["matrix"] == [[100, 0], [0, 100]]
     assert entry["stored_parameters"] == COUNT
+
+
+def test_it_says_which_prompts_a_text_takes(tiny_llama, tiny_tokenizer, stream, tmp_path):
+    asked = {"out": tmp_path / "run", "options": {**SIZES, "max_length": 48, "epochs": 1}, "tokenizer": tiny_tokenizer}
+    base = tiny_llama(1, initializer_range=0.2)
+    run = learn(base, stream, "l2p", **asked)
+    questions = [example.prompt for example in stream[0].test]
+    shares = explain(run, questions, model=base, tokenizer=tiny_tokenizer)["l2p"]
+    assert (shares["layers"], shares["slots"]) == (["input"], [f"prompt {j + 1}" for j in range(5)])
+    model, _ = run.load_adapters("l2p", base)
+    keys = prompts_of(model)["default"].keys.detach()
+    for question, (found,) in zip(questions, shares["weights"], strict=True):
+        ids = torch.tensor(tiny_tokenizer([question])["input_ids"])
+        query = tiny_llama(1, initializer_range=0.2).model(ids).last_hidden_state.mean(1)
+        chosen = torch.nn.functional.cosine_similarity(query, keys, dim=-1).topk(2).indices
+        assert found == [0.5 if j in chosen else 0 for j in range(5)]
+    seen = run.results["methods"]["l2p"]["attention"]
+    mean = torch.tensor(shares["weights"], dtype=torch.float64).mean(0)
+    torch.testing.assert_close(torch.tensor(seen["mean"][0], dtype=torch.float64), mean, rtol=0, atol=1e-6)
 
 
 def test_micro_batches_do_not_change_its_loss(tiny_llama, tiny_tokenizer, stream, tmp_path):

@@ -165,7 +165,7 @@ def test_one_task_and_no_attention(tmp_path: Path) -> None:
     _, page = report(make_results(["only"], ("seq-lora",)), tmp_path)
     assert page.cells("now") == 1
     assert page.cells("seen") == page.cells("later") == 0
-    assert "Attention to each adapter" not in page.texts
+    assert "What answers each task" not in page.texts
     assert "seq-lora ends with an average accuracy of" in page.text
 
 

@@ -13,11 +13,9 @@ from transformers import PreTrainedTokenizerBase
 
 from folklora.adapters.am_lora import AMLoRA, AMLoRAUpdate, add_task
 from folklora.adapters.host.layer import layers_of
-from folklora.continual.base import ContinualMethod
+from folklora.continual.base import OBSERVED, ContinualMethod
 from folklora.encoders import padded
 from folklora.stream.tasks import Task
-
-_OBSERVED = 48
 
 
 @dataclass
@@ -83,7 +81,7 @@ class AMLoRAStream(ContinualMethod):
         self, model: PeftModel, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[Task]
     ) -> dict[str, Any] | None:
         """The mean attention to each slot, by task and layer, over the tokens of up to 48 test prompts."""
-        prompts = [[example.prompt for example in task.test[:_OBSERVED]] for task in tasks]
+        prompts = [[example.prompt for example in task.test[:OBSERVED]] for task in tasks]
         names = [task.name for task in tasks]
         mean = [_attention(model, tokenizer, some) for some in prompts]
         return {**self._names(model, names), "tasks": names, "mean": mean}
@@ -115,7 +113,7 @@ def _updates(model: PeftModel) -> list[AMLoRAUpdate]:
 def _ends_of(model: PeftModel, tokenizer: PreTrainedTokenizerBase, task: Task) -> Iterator[tuple[AMLoRAUpdate, Tensor]]:
     """(update, the mean of what its gates read at the end of the task's training prompts), layer by layer."""
     updates = _updates(model)
-    prompts = [example.prompt for example in task.train[:_OBSERVED]]
+    prompts = [example.prompt for example in task.train[:OBSERVED]]
     means = _watch(model, tokenizer, prompts, updates, lambda update, mask: _last(update.read, mask))
     return zip(updates, means, strict=True)
 

@@ -7,6 +7,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import torch
 from peft import PeftConfig, PeftModel, TaskType, get_peft_model
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -14,6 +15,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from folklora.adapters import LoRA
 from folklora.continual.overlap import reading_overlap
 from folklora.stream.tasks import Example, Task
+
+OBSERVED = 48
+"""Test prompts of a task that the report's shares are the mean over."""
 
 
 @dataclass(frozen=True)
@@ -148,8 +152,19 @@ class ContinualMethod:
     def observe(
         self, model: PeftModel, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[Task]
     ) -> dict[str, Any] | None:
-        """What the report shows of the method's inner choices; None where there are none."""
-        return None
+        """What the report shows of the method's inner choices: the mean of `explain` over up to 48 test prompts a task.
+
+        Returns:
+            "layers", "slots" and "tasks" are names, "mean" [tasks][layers][slots]; None where there are no choices.
+        """
+        names, mean = [task.name for task in tasks], []
+        for task in tasks:
+            found = self.explain(model, tokenizer, [example.prompt for example in task.test[:OBSERVED]], names)
+            if found is None:
+                return None
+            parts = torch.tensor(found["weights"], dtype=torch.float64).mean(0)
+            mean.append([[round(value, 6) for value in row] for row in parts.tolist()])
+        return {"layers": found["layers"], "slots": found["slots"], "tasks": names, "mean": mean}
 
     def explain(
         self, model: PeftModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], tasks: Sequence[str]
@@ -163,8 +178,8 @@ class ContinualMethod:
             tasks: Names of the tasks that were learnt.
 
         Returns:
-            "layers" and "slots" are names, "weights" [prompts][layers][slots] numbers from 0 to 1; None where the
-            method does not choose by the prompt.
+            "layers" and "slots" are names, "weights" [prompts][layers][slots] numbers from 0 to 1; a slot is a task,
+            or a part that tasks share. None where the method does not choose by the prompt.
         """
         return None
 

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from accelerate.utils import reduce
 from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from folklora.continual.base import ContinualMethod
+from folklora.encoders import padded
 from folklora.prompts import PromptPool, prompts_of
 from folklora.prompts.pool import PromptPoolVectors
 from folklora.stream.tasks import Task
+from folklora.stream.tokens import prompt_tokens
 
 
 @dataclass
@@ -110,6 +113,20 @@ class L2P(ContinualMethod):
         """Take up the choices of the earlier tasks."""
         if self.diversify:
             self._chosen = carried["chosen"]
+
+    @torch.no_grad()
+    def explain(
+        self, model: PeftModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], tasks: Sequence[str]
+    ) -> dict[str, Any] | None:
+        """Which of the pool's prompts each text takes: 1 / N each, and 0 for the others."""
+        pool, two_sided = _pool(model), bool(model.config.is_encoder_decoder)
+        rows = prompt_tokens(tokenizer, prompts, self.max_length, encoder_decoder=two_sided)
+        shares: list[list[float]] = []
+        for ids, mask in padded(tokenizer, rows, model.device):
+            picked = pool.similarity(model.base_model.query(ids, mask)).topk(pool.top_k, dim=1).indices
+            shares += (F.one_hot(picked, len(pool.keys)).sum(1) / pool.top_k).tolist()
+        slots = [f"prompt {number + 1}" for number in range(len(pool.keys))]
+        return {"layers": ["input"], "slots": slots, "weights": [[row] for row in shares]}
 
 
 def _pool(model: PeftModel) -> PromptPoolVectors:

@@ -15,12 +15,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from folklora.adapters.host.layer import layers_of
 from folklora.adapters.host.mixture import mix_by_row
-from folklora.continual.base import AdapterPerTask
+from folklora.continual.base import OBSERVED, AdapterPerTask
 from folklora.encoders import BaseEncoder, Encoder, SentenceEncoder, encode_prompts
 from folklora.stream.tasks import Task
 
 _BASE = "base"
-_OBSERVED = 48
 _EPSILON = 1e-9
 _CLIP, _DECAY = 0.1, 0.01
 
@@ -282,7 +281,7 @@ class SLM(AdapterPerTask):
         """
         names, mean, retrieved = [task.name for task in tasks], [], []
         for index, task in enumerate(tasks):
-            found = self.explain(model, tokenizer, [example.prompt for example in task.test[:_OBSERVED]], names)
+            found = self.explain(model, tokenizer, [example.prompt for example in task.test[:OBSERVED]], names)
             parts = torch.tensor(found["weights"], dtype=torch.float64)[:, 0]
             mean.append([[round(value, 6) for value in parts.mean(0).tolist()]])
             right = (parts.argmax(1) == index + 1).double().mean()

@@ -265,6 +265,11 @@ class PromptModel(BaseTuner):
         finally:
             layer.question = held
 
+    def query(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """What the active prompts choose by for these questions, [rows, width]."""
+        with self.asking(input_ids, attention_mask):
+            return getattr(self.model, LAYER).question.query
+
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
         if merge:
             raise ValueError("a soft prompt is an input and no part of the weights, so it cannot be merged into them")

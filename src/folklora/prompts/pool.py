@@ -68,12 +68,16 @@ class PromptPoolVectors(Prompt):
 
     def vectors(self, query: Tensor | None = None) -> Tensor:
         """The chosen prompts, the most similar first, [rows, N L_p, d]."""
-        similarity = F.normalize(query.float(), dim=1) @ F.normalize(self.keys.float(), dim=1).T
+        similarity = self.similarity(query)
         picked = self.choose(similarity.detach())
         if self.training and torch.is_grad_enabled():
             self._similarity = similarity.gather(1, picked)
             self.chosen = self.chosen.to(picked.device) + F.one_hot(picked, len(self.keys)).sum((0, 1))
         return self.embeddings[picked].flatten(1, 2)
+
+    def similarity(self, query: Tensor) -> Tensor:
+        """Cosines of queries [rows, d] and keys, [rows, M] in float32."""
+        return F.normalize(query.float(), dim=1) @ F.normalize(self.keys.float(), dim=1).T
 
     def choose(self, similarity: Tensor) -> Tensor:
         """The N chosen prompts of each row [rows, N], the most similar first.

@@ -235,11 +235,11 @@ def _attention(methods: dict[str, Any]) -> str:
             continue
         rows = [(task, _mean_rows(layers)) for task, layers in zip(found["tasks"], found["mean"], strict=True)]
         shape = {"top": 1.0, "digits": 2}
-        overall = heat_map(f"{name}: mean over the layers", "input from ↓ adapter →", found["slots"], rows, **shape)
+        overall = heat_map(f"{name}: mean over the layers", "input from ↓ share of →", found["slots"], rows, **shape)
         by_layer = [
             heat_map(
                 f"Input from {task}",
-                "layer ↓ adapter →",
+                "layer ↓ share of →",
                 found["slots"],
                 list(zip(found["layers"], layers, strict=True)),
                 **shape,
@@ -254,11 +254,12 @@ def _attention(methods: dict[str, Any]) -> str:
     if not parts:
         return ""
     return (
-        "<h2>Attention to each adapter</h2>\n"
-        "<p>For inputs of one task (row), the mean attention to each adapter (column): 0 is none of it, 1 all of it. A "
+        "<h2>What answers each task</h2>\n"
+        "<p>For inputs of one task (row), the mean share of each adapter or prompt (column): 0 is none, 1 all of it. A "
         "strong cell in a task's own column means that the method finds the right adapter without being told the task; "
         "strong cells elsewhere mean that tasks share adapters, or are confused. The column none, where there is one, "
-        "is attention to no adapter: the base model as it was.</p>\n" + "\n".join(parts)
+        "is no adapter: the base model as it was. A pool's prompts belong to no task: where two are strong in one "
+        "column, the later one was trained on top of the earlier.</p>\n" + "\n".join(parts)
     )
 
 
