@@ -79,19 +79,17 @@ class Contender:
 class ImageEWC(EWC):
     """EWC whose Fisher information is taken over images."""
 
-    def finish(self, model: PeftModel, tokenizer: None, tasks: Sequence[Domain], index: int) -> dict[str, Tensor]:
+    def fisher(self, model: PeftModel, tokenizer: None, task: Domain, examples: int) -> dict[str, Tensor]:
         """As for texts: one image at a time."""
-        images, labels = tasks[index].train
+        images, labels = task.train
         trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         fisher = {name: torch.zeros_like(parameter) for name, parameter in trained.items()}
-        rows = torch.randperm(len(labels))[:FISHER_IMAGES]
+        rows = torch.randperm(len(labels))[:examples]
         for row in rows.split(1):
             loss = F.cross_entropy(network(model)(images[row]), labels[row])
             for name, gradient in zip(trained, torch.autograd.grad(loss, list(trained.values())), strict=True):
                 fisher[name] += gradient.square() / len(rows)
-        for name, parameter in trained.items():
-            self.consolidate(name, fisher[name], parameter.detach().clone())
-        return {f"fisher.{k}": v for k, v in self._fisher.items()} | {f"anchor.{k}": v for k, v in self._anchor.items()}
+        return fisher
 
 
 class ImageExSSNeT(ExSSNeTStream):
@@ -234,7 +232,7 @@ def masks(density: float, rates: tuple[float, float], transfer: str, weight_epoc
 
 
 def held(weight: float, lr: float) -> Contender:
-    return Contender(lambda: ImageEWC(whole(), ewc_lambda=weight), lr)
+    return Contender(lambda: ImageEWC(whole(), ewc_lambda=weight, fisher_examples=FISHER_IMAGES), lr)
 
 
 def sparse(density: float, lr: float) -> Contender:

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from folklora import KaSA, LoRA
+from folklora import KaSA, LoRA, learn
 from folklora.continual import EWC
 from folklora.continual.ewc import empirical_fisher
 from folklora.stream.tokens import encode
@@ -50,7 +50,7 @@ def test_the_fisher_is_the_mean_of_each_example_s_squared_gradient(
     tiny_llama, tiny_t5, tiny_tokenizer, stream, two_sided
 ):
     # dropout must not matter: the Fisher is taken in evaluation mode
-    model = moved(EWC(adapter=LoRA(r=2, dropout=0.5)), tiny_t5(0) if two_sided else tiny_llama(1)).train()
+    model = moved(EWC(adapter=LoRA(r=2, dropout=0.5)), tiny_t5(0) if two_sided else tiny_llama(1)).train().double()
     examples, calls = stream[1].train[:6], []
     handle = model.get_base_model().register_forward_pre_hook(lambda *_: calls.append(1))
     found = empirical_fisher(model, tiny_tokenizer, examples, 48)
@@ -60,22 +60,23 @@ def test_the_fisher_is_the_mean_of_each_example_s_squared_gradient(
     expected = by_hand(model, tiny_tokenizer, examples, two_sided)
     assert found.keys() == expected.keys()
     for name, value in expected.items():
-        torch.testing.assert_close(found[name].double(), value, rtol=1e-4, atol=1e-5 * float(value.max()))
+        # logits and gradients are rounded to float32 (6e-8), a hundred times that where parts of a gradient cancel
+        torch.testing.assert_close(found[name].double(), value, rtol=1e-5, atol=1e-9 * float(value.max()))
     # squaring the mean gradient is the usual mistake
     named = trained(model)
     rows = [{k: torch.tensor([v]) for k, v in encode(tiny_tokenizer, e, 48, two_sided).items()} for e in examples]
     mean = sum(model.eval()(**row).loss for row in rows) / len(rows)
     squares = torch.autograd.grad(mean, list(named.values()))
-    assert any(not torch.allclose(found[n], g**2, rtol=0.5) for n, g in zip(named, squares, strict=True))
+    assert any(not torch.allclose(found[n].double(), g**2, rtol=0.5) for n, g in zip(named, squares, strict=True))
 
 
 def test_the_fisher_of_an_adapter_that_has_no_layers_of_ours(tiny_llama, tiny_tokenizer, stream):
-    model = EWC(adapter=peft.LoraConfig(r=2, init_lora_weights=False)).start(tiny_llama(1))
+    model = EWC(adapter=peft.LoraConfig(r=2, init_lora_weights=False)).start(tiny_llama(1)).double()
     found = empirical_fisher(model, tiny_tokenizer, stream[1].train[:4], 48)
     expected = by_hand(model, tiny_tokenizer, stream[1].train[:4])
     assert found.keys() == expected.keys()
     for name, value in expected.items():
-        torch.testing.assert_close(found[name].double(), value, rtol=1e-4, atol=1e-5 * float(value.max()))
+        torch.testing.assert_close(found[name].double(), value, rtol=1e-5, atol=1e-9 * float(value.max()))
 
 
 def test_penalty_and_gradient_are_zero_at_the_anchor_and_quadratic_beside_it(tiny_llama, tiny_tokenizer, stream):
@@ -202,3 +203,12 @@ def test_a_stopped_run_goes_on_to_the_same_results_over_another_adapter(teach, t
 def test_options_are_checked(options, message):
     with pytest.raises(ValueError, match=message):
         EWC(**options)
+
+
+def test_an_adapter_without_gradients_is_refused_before_any_training(tiny_llama, tiny_tokenizer, stream, tmp_path):
+    told, options = [], {"adapter": "factorllm", "max_length": 48}
+    given = {"tokenizer": tiny_tokenizer, "out": tmp_path / "run", "options": options}
+    with pytest.raises(ValueError, match=r"does not depend on what is trained .* choose another adapter"):
+        learn(tiny_llama(2), stream, "ewc", progress=lambda event, **more: told.append(event), **given)
+    assert told
+    assert "train" not in told

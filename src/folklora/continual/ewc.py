@@ -88,7 +88,15 @@ class EWC(ContinualMethod):
         self._held: list[tuple[nn.Parameter, Tensor, Tensor]] = []
 
     def prepare(self, model: PeftModel, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[Task], index: int) -> None:
-        """Find once which parameter each importance and anchor belongs to."""
+        """Find once which parameter each importance and anchor belongs to.
+
+        Raises:
+            ValueError: The adapter has no gradient of which the Fisher could be made; said before the first task.
+        """
+        if index == 0:
+            # a trial must not change what training draws
+            with torch.random.fork_rng():
+                self.fisher(model, tokenizer, tasks[0], 1)
         self._held = [
             (parameter, self._fisher[name].to(parameter.device), self._anchor[name].to(parameter.device))
             for name, parameter in _trained(model)
@@ -106,16 +114,20 @@ class EWC(ContinualMethod):
         self, model: PeftModel, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[Task], index: int
     ) -> dict[str, Tensor]:
         """Take the task's Fisher information into what is carried on: one importance and one anchor a parameter."""
-        task = tasks[index]
-        count = min(self.fisher_examples, len(task.train))
-        drawn = random.Random(f"fisher:{task.name}").sample(task.train, count)
-        found = empirical_fisher(model, tokenizer, drawn, self.max_length)
+        found = self.fisher(model, tokenizer, tasks[index], self.fisher_examples)
         for name, parameter in _trained(model):
             self.consolidate(name, found[name], parameter.detach().float().clone())
         return {
             **{f"fisher.{name}": value for name, value in self._fisher.items()},
             **{f"anchor.{name}": value for name, value in self._anchor.items()},
         }
+
+    def fisher(
+        self, model: PeftModel, tokenizer: PreTrainedTokenizerBase, task: Task, examples: int
+    ) -> dict[str, Tensor]:
+        """The Fisher information of each trained parameter over so many of the task's training examples at the most."""
+        drawn = random.Random(f"fisher:{task.name}").sample(task.train, min(examples, len(task.train)))
+        return empirical_fisher(model, tokenizer, drawn, self.max_length)
 
     def resume(self, model: PeftModel, index: int, carried: dict[str, Tensor]) -> None:
         """Take up what `finish` gave."""
