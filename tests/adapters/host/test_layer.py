@@ -226,9 +226,11 @@ def test_dropout_draws_anew_each_pass() -> None:
 
 @pytest.mark.parametrize("target", ["q", "v"])
 def test_a_second_adapter_is_in_the_models_mode(target: str) -> None:
-    model = get_peft_model(tiny.TwoLayers(), MixDA(reduction=2, gate_hidden=4, target_modules=["q"]))
+    # two passes drop the same of 64 hidden values by a chance of 2^-64
+    wide = {"reduction": 2, "gate_hidden": 64, "gate_dropout": 0.5}
+    model = get_peft_model(tiny.TwoLayers(), MixDA(**wide, target_modules=["q"]))
     assert all(layer.training for layer in layers_of(model))
-    model.eval().add_adapter("second", MixDA(reduction=2, gate_hidden=4, gate_dropout=0.5, target_modules=[target]))
+    model.eval().add_adapter("second", MixDA(**wide, target_modules=[target]))
     assert not any(module.training for module in model.modules())
     tiny.moved(model, "second")
     x = torch.randn(4, 32, generator=torch.Generator().manual_seed(2))
