@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -36,3 +38,13 @@ def test_a_measure_that_a_run_lacks_is_none(standard_stream):
     found = standard_stream.summarise(own)
     assert found["backward_transfer"] is None
     assert found["average_accuracy"] == [10.0, 30.0]
+
+
+def test_a_rate_that_diverges_is_never_the_best(standard_stream, tmp_path):
+    scores = {1e-3: {"average_accuracy": 20.0}, 1e-2: None}
+    for rate, entry in scores.items():
+        (tmp_path / f"tune-ewc-{rate:g}.json").write_text(json.dumps({"method": "ewc", "rate": rate, "entry": entry}))
+    options = argparse.Namespace(out=tmp_path)
+    assert standard_stream.best_rates(options) == {"ewc": (1e-3, 20.0)}
+    (tmp_path / "tune-ewc-0.001.json").unlink()
+    assert standard_stream.best_rates(options) == {}

@@ -95,7 +95,7 @@ class EWC(ContinualMethod):
         """
         if index == 0:
             # a trial must not change what training draws
-            with torch.random.fork_rng():
+            with torch.random.fork_rng(devices=[]):
                 self.fisher(model, tokenizer, tasks[0], 1)
         self._held = [
             (parameter, self._fisher[name].to(parameter.device), self._anchor[name].to(parameter.device))
