@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import statistics
 import time
 from functools import partial
@@ -210,6 +211,8 @@ def write_tables(options: argparse.Namespace) -> None:
             print(f"\n{names}\n", *(f"| {' | '.join(cells)} |" for cells in (titles, rules, *rows)), sep="\n")
     tuned = [{"method": method, "rate": rate, "validation": score} for method, (rate, score) in best.items()]
     (options.out / "summary.json").write_text(json.dumps({"runs": summary, "tuned": tuned}, indent=1))
+    for names in {row["names"] for row in summary}:
+        plot(options.out / f"{names}.svg", [r for r in runs if r["names"] == names], options)
 
 
 def row_of(method: str, own: list[dict[str, Any]], orders: list[str]) -> list[str]:
@@ -236,6 +239,42 @@ def summarise(own: list[dict[str, Any]]) -> dict[str, list[float] | None]:
         known = all(value is not None for seed in values for value in seed)
         found[measure] = [statistics.mean(seed) for seed in values] if known else None
     return found
+
+
+def plot(path: Path, runs: list[dict[str, Any]], options: argparse.Namespace) -> None:
+    """Accuracy over the tasks seen so far, mean over orders and seeds; and at the end against what is stored."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    from folklora.stream.charts import DASHES, MARKERS, look_of
+    from folklora.stream.plots import COLOURS, accuracy_so_far
+
+    matplotlib.rcParams.update({"svg.hashsalt": "folklora", "font.size": 8})
+    figure, (along, stored) = pyplot.subplots(1, 2, figsize=(12, 5), constrained_layout=True)
+    for index, method in enumerate(options.methods):
+        own = [r["entry"] for r in runs if r["method"] == method and r["order"] in options.orders]
+        if not own:
+            continue
+        colour, mark, dashes = look_of(index)
+        look = {"color": COLOURS[colour], "marker": MARKERS[mark], "linestyle": DASHES[dashes], "linewidth": 1}
+        curves = zip(*(accuracy_so_far(entry["matrix"]) for entry in own), strict=True)
+        means = [math.nan if None in values else statistics.mean(values) for values in curves]
+        if method in ORDER_FREE:
+            # one order stands for all of them, but only at the end
+            means[:-1] = [math.nan] * (len(means) - 1)
+        along.plot(range(1, len(means) + 1), means, label=method, markersize=4, **look)
+        size = statistics.mean(entry["stored_parameters"] for entry in own)
+        stored.plot(size, means[-1], markersize=6, **look)
+        stored.annotate(method, (size, means[-1]), xytext=(5, 3), textcoords="offset points", fontsize=7)
+    along.set(title="average over the tasks seen so far", xlabel="tasks trained", ylabel="accuracy, %")
+    along.set_xticks(range(1, len(means) + 1))
+    stored.margins(x=0.1)
+    stored.set(title="after the last task", xlabel="stored numbers", ylabel="average accuracy, %", xscale="log")
+    figure.legend(*along.get_legend_handles_labels(), loc="outside lower center", ncols=8, frameon=False)
+    figure.savefig(path, metadata={"Date": None})
+    pyplot.close(figure)
 
 
 def _spread(scores: list[float]) -> str:
