@@ -325,6 +325,21 @@ def test_a_long_stream_need_not_be_scored_on_everything_after_each_task(model_fo
         learn(model_folder, tasks, "seq-lora", out=tmp_path / "other", options={"evaluate": "never"})
 
 
+def test_a_loss_that_is_no_number_in_the_very_last_step_is_seen(tiny_llama, tiny_tokenizer, tmp_path):
+    class Breaks(SeqLoRA):
+        steps = 0
+
+        def penalty(self, model):
+            self.steps += 1
+            return torch.tensor(float("inf")) if self.steps == 41 else None
+
+    method = Breaks(adapter=LoRA(r=2, target_modules=["q_proj"]))
+    # of 41 steps every second is logged, and so not the last
+    rows, settings = make_task("zz", (" yes", " no"), 0, train=41).train, TrainSettings(batch_size=1, max_length=48)
+    with pytest.raises(DivergedError, match=r"seq-lora: training has diverged: the loss is inf by step 41 of 41"):
+        train_task(method.start(tiny_llama(1)), tiny_tokenizer, method, rows, settings, seed=0, folder=tmp_path)
+
+
 def test_training_that_diverges_is_an_error(model_folder, tasks, tmp_path):
     options = {"learning_rate": 1e30, "batch_size": 8, "max_length": 48, "epochs": 2}
     said = (

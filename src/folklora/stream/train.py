@@ -209,13 +209,16 @@ class _Watch(TrainerCallback):
             self.on_step(state.global_step, state.max_steps, self.losses[-1]["loss"] if self.losses else None)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
-        if logs and "loss" in logs:
-            if not math.isfinite(logs["loss"]):
-                raise DivergedError(
-                    f"{self.title}: training has diverged: the loss is {logs['loss']} by step {state.global_step} of "
-                    f"{state.max_steps}. A lower learning_rate (now {args.learning_rate:g}) usually helps."
-                )
-            self.losses.append({"step": state.global_step, "loss": round(float(logs["loss"]), 6)})
+        given = logs or {}
+        # the second comes at the end, and is of all steps: of those too that stand after the last of the first
+        loss = given.get("loss", given.get("train_loss"))
+        if loss is not None and not math.isfinite(loss):
+            raise DivergedError(
+                f"{self.title}: training has diverged: the loss is {loss} by step {state.global_step} of "
+                f"{state.max_steps}. A lower learning_rate (now {args.learning_rate:g}) usually helps."
+            )
+        if "loss" in given:
+            self.losses.append({"step": state.global_step, "loss": round(float(loss), 6)})
 
 
 def _with_penalties(trainer_class: type, method: ContinualMethod) -> type:
